@@ -1,0 +1,83 @@
+# `make install`, then `make demo`. `make help` lists everything.
+
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+
+# cuda where nvidia-smi finds a GPU, else cpu; say ENGINE=cpu or ENGINE=cuda to choose.
+ENGINE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || echo cpu)
+# A package index that has torch's +cpu wheels, where pip is not configured to find one already.
+TORCH_INDEX ?=
+# The interpreter of the environment: the first of these that runs and is new enough.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+CONSTRAINTS := $(wildcard constraints/$(ENGINE).txt)
+PIP_INSTALL = -m pip install --progress-bar off $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+INSTALLED = $(VENV)/.installed-$(ENGINE)
+
+.DEFAULT_GOAL := help
+.PHONY: help install mend lock demo serve test test-gpu gpu lint format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv with vLLM and everything else (ENGINE=cpu|cuda, TORCH_INDEX=url, PYTHON=python3.x)
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@test -n "$(PYTHON)" || { echo "No Python from 3.11 on: install one, or say PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "== Steersman with the $(ENGINE) engine into $(VENV): a few minutes, several GB"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.installed-*
+	$(PY) $(PIP_INSTALL) $(addprefix -c ,$(CONSTRAINTS)) -e '.[$(ENGINE),dev]' || { echo; \
+		echo "If pip found no torch==...+cpu: make install TORCH_INDEX=<PyTorch's index of CPU wheels>"; exit 1; }
+	@echo "== Mending the environment, and looking it over"
+	$(PY) -m steersman.server.environment mend
+	@touch $@
+
+mend: ## repair and check the environment
+	$(PY) -m steersman.server.environment mend
+
+lock: ## write constraints/cpu.txt anew from the newest of everything (makes an environment in .cache)
+	rm -rf .cache/lock
+	$(PYTHON) -m venv .cache/lock
+	.cache/lock/bin/python $(PIP_INSTALL) '.[cpu,demo,dev]'
+	@mkdir -p constraints
+	{ echo "# What the CPU environment was tested with ($$($(PYTHON) --version)). Written by: make lock"; \
+	  echo "# torchvision, torchaudio and torchcodec are left out: make install removes those that cannot load."; \
+	  .cache/lock/bin/python -m pip freeze | grep -E '^[A-Za-z0-9._-]+==' \
+	  | grep -v -E '^(torchvision|torchaudio|torchcodec|steersman)==' | sed -E 's/\+[a-z0-9.]+$$//' \
+	  | LC_ALL=C sort -f; } > constraints/cpu.txt.new
+	mv constraints/cpu.txt.new constraints/cpu.txt
+	rm -rf .cache/lock
+
+demo: install ## steer a small model and show what changes
+	$(PY) -m steersman.clients.demo $(ARGS)
+
+serve: install ## serve a model: make serve MODEL=path-or-name ARGS="--port 8000"
+	@test -n "$(MODEL)" || { echo "Say which: make serve MODEL=path-or-name"; exit 1; }
+	$(VENV)/bin/steersman serve $(MODEL) $(ARGS)
+
+test: install ## all tests that need no GPU (ARGS="-k name" for some)
+	$(PY) -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: install ## the tests that need a CUDA GPU
+	$(PY) -m pytest -m gpu $(ARGS)
+
+gpu: test-gpu ## the same
+
+lint: install ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: install ## let ruff rewrite what it can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: install ## measure: make bench ARGS="..."
+	$(PY) -m benchmarks $(ARGS)
+
+clean: ## remove what was built; .venv and downloaded models stay
+	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache/lock
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -1,0 +1,142 @@
+"""Compiles ``cpu_edit.cpp`` with the system's C++ compiler, once per machine, and loads it.
+
+The library lies under ``~/.cache/steersman/kernels`` (or ``XDG_CACHE_HOME``), named by the hash of its
+source, its flags and the processor; it is written beside and renamed, so that processes that start
+together may all compile it. ``STEERSMAN_CPU_KERNEL`` chooses: ``auto`` (compiled where it can be),
+``cpp`` (an error where it cannot), ``torch``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("cpu_edit.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = (
+    *("-std=c++17", "-O3", "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"),
+    *("-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math"),
+    *("-Wno-psabi", "-fPIC", "-shared", "-fvisibility=hidden"),
+)
+NAMES = {torch.float32: "edit_float32", torch.bfloat16: "edit_bfloat16", torch.float16: "edit_float16"}
+
+Edit = Callable[..., int]
+Functions = Mapping[torch.dtype, Edit]
+
+
+@dataclass(frozen=True)
+class Library:
+    brief: Functions  # for calls of a few microseconds: they keep the interpreter's lock
+    long: Functions  # for longer ones: other Python threads run meanwhile
+    parallel: int  # address of the process's own GOMP_parallel, 0 where there is none
+
+
+def backend() -> str:
+    """What the environment asks for: ``auto``, ``cpp`` or ``torch``."""
+    asked = os.environ.get("STEERSMAN_CPU_KERNEL", "auto")
+    if asked not in ("auto", "cpp", "torch"):
+        raise ValueError(f"STEERSMAN_CPU_KERNEL is {asked!r}, not auto, cpp or torch")
+    return asked
+
+
+def library(asked: str) -> Library | None:
+    """The compiled kernel, or None where torch is to do the work."""
+    if asked == "torch":
+        return None
+    found = _library()
+    if found is None and asked == "cpp":
+        raise RuntimeError("STEERSMAN_CPU_KERNEL is cpp, and the kernel could not be compiled")
+    return found
+
+
+@cache
+def _library() -> Library | None:
+    try:
+        path = _compiled()
+        brief, long = _functions(ctypes.PyDLL(str(path))), _functions(ctypes.CDLL(str(path)))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        logger.warning("CPU edits run in plain torch, which is slower: %s", error)
+        return None
+    return Library(brief, long, _parallel())
+
+
+def _compiled() -> Path:
+    """Where the library lies, compiled when it does not lie there yet."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise RuntimeError(f"there is no C++ compiler ({', '.join(COMPILERS)})")
+    parts = (SOURCE.read_text(), compiler, *FLAGS, _processor())
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    folder = _folder()
+    path = folder / f"{name}.so"
+    if path.exists():
+        return path
+    handle, beside = tempfile.mkstemp(suffix=".so", prefix=f".{name}-", dir=folder)
+    os.close(handle)
+    try:
+        command = [compiler, *FLAGS, str(SOURCE), "-o", beside]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{compiler} failed: {done.stderr.strip()[:2000]}")
+        os.replace(beside, path)
+    finally:
+        Path(beside).unlink(missing_ok=True)
+    return path
+
+
+def _folder() -> Path:
+    """The cache, or a folder of this process alone where there can be none."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "steersman" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="steersman-"))
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="steersman-"))
+
+
+def _processor() -> str:
+    """What ``native`` means here: one processor's model and instruction sets."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        first = [f"model name: {platform.processor()}"]
+    kept = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    return "\n".join([platform.machine(), *(line for line in first if line.startswith(kept))])
+
+
+def _functions(loaded: ctypes.CDLL) -> Functions:
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    out = {}
+    for dtype, name in NAMES.items():
+        function = getattr(loaded, name)
+        function.restype = ctypes.c_int
+        # table; x, rows, stride; residual, stride; gates, stride; norms, stride; squares
+        function.argtypes = [
+            *(pointer, pointer, integer, integer, pointer, integer),
+            *(pointer, integer, pointer, integer, pointer),
+        ]
+        out[dtype] = function
+    return out
+
+
+def _parallel() -> int:
+    """The OpenMP runtime that torch already runs on, so that no second pool of threads competes with its own."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
+    except (AttributeError, OSError, TypeError):
+        return 0

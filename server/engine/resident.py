@@ -1,0 +1,103 @@
+"""Plans that a worker holds: least recently used ones dropped first, plans in use never.
+
+A program is compiled per place and per set of active interventions (the bit mask of
+:class:`steersman.steering.tokens.Selection`) when it is first needed, and kept with its plan.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from steersman.kernels.program import Program
+from steersman.steering.errors import CapacityExceeded
+from steersman.steering.plan import Place, Plan
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The coordinates of a site that this tensor-parallel rank holds."""
+
+    start: int
+    stop: int
+    width: int  # of the whole
+
+
+@dataclass
+class Resident:
+    """One plan on this worker."""
+
+    plan: Plan
+    size: int  # bytes
+    shards: Mapping[Place, Shard]  # places of which this rank holds only a part
+    users: int = 0  # requests in flight
+    holders: set[str] = field(default_factory=set)
+    _programs: dict[int, dict[Place, Program]] = field(default_factory=dict)
+
+    def programs(self, mask: int) -> dict[Place, Program]:
+        """The programs of the interventions in ``mask``, by place."""
+        found = self._programs.get(mask)
+        if found is None:
+            found = self._programs[mask] = self._compile(mask)
+        return found
+
+    def _compile(self, mask: int) -> dict[Place, Program]:
+        out = {}
+        for place, blocks in self.plan.blocks.items():
+            active = [b for b in blocks if mask >> b.intervention & 1]
+            if active:
+                program = Program(tuple(active), active[0].write.width)
+                shard = self.shards.get(place)
+                out[place] = program.shard(shard.start, shard.stop) if shard else program
+        return out
+
+
+class ResidentPlans:
+    """At most ``capacity`` bytes of plans and ``limit`` plans.
+
+    A plan stays while a request in flight uses it or an HTTP process (a *holder*) has it pinned: requests
+    may wait in the scheduler's queue, where workers do not see them, for as long as they like.
+    """
+
+    def __init__(self, capacity: int, limit: int, shards: Mapping[Place, Shard]) -> None:
+        self.capacity = capacity
+        self.limit = limit
+        self.shards = shards
+        self.size = 0
+        self._plans: OrderedDict[str, Resident] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def get(self, plan_id: str) -> Resident | None:
+        found = self._plans.get(plan_id)
+        if found is not None:
+            self._plans.move_to_end(plan_id)
+        return found
+
+    def add(self, data: bytes, holder: str) -> str:
+        """Makes a plan resident, pinned by ``holder``; its id. Raises CapacityExceeded when nothing can make room."""
+        plan = Plan.from_bytes(data)
+        resident = self.get(plan.id)
+        if resident is None:
+            self._make_room(len(data))
+            resident = self._plans[plan.id] = Resident(plan, len(data), self.shards)
+            self.size += len(data)
+        resident.holders.add(holder)
+        return plan.id
+
+    def release(self, plan_ids: Iterable[str], holder: str) -> None:
+        """``holder`` will not name these plans again before adding them anew."""
+        for plan_id in plan_ids:
+            if resident := self._plans.get(plan_id):
+                resident.holders.discard(holder)
+
+    def _make_room(self, size: int) -> None:
+        if size > self.capacity:
+            raise CapacityExceeded(f"the plan takes {size} bytes; plans may take {self.capacity} in all")
+        idle = [plan_id for plan_id, r in self._plans.items() if not r.users and not r.holders]
+        while self.size + size > self.capacity or len(self._plans) >= self.limit:
+            if not idle:
+                raise CapacityExceeded("every resident plan is in use; try again when requests have finished")
+            self.size -= self._plans.pop(idle.pop(0)).size

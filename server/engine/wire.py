@@ -1,0 +1,32 @@
+"""What travels with a request from the HTTP process to the engine: ``sampling_params.extra_args["steersman"]``.
+
+``{"plan": id, "edits": id, "key": report key, "selection": Selection.to_json(), "decides": bool}``, the last
+one whether a gate decides once for the whole request. The plan itself goes to the workers once, by RPC, before
+the first request that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from steersman.steering.plan import Plan
+from steersman.steering.tokens import Selection
+
+KEY = "steersman"
+
+
+def args_of(sampling_params: Any) -> Mapping[str, Any] | None:
+    """The steering part of a request's sampling parameters; None when it is not steered."""
+    extra = getattr(sampling_params, "extra_args", None)
+    return extra.get(KEY) if extra else None
+
+
+def make_args(plan: Plan, selection: Selection, key: str) -> dict[str, Any]:
+    return {
+        "plan": plan.id,
+        "edits": plan.edits_id,
+        "key": key,
+        "selection": selection.to_json(),
+        "decides": any(g.per_request for g in plan.gates),
+    }

@@ -1,0 +1,88 @@
+"""What a worker process does for steering: hooks its model after loading, and answers the HTTP processes.
+
+The contract with vLLM: ``Worker.load_model`` ends with ``self.model_runner`` holding the loaded model
+(``get_model()``); methods of the worker class are reached by ``collective_rpc(name)``, which gives one
+answer per rank; ``Worker.vllm_config`` describes the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from vllm.distributed import get_pp_group, get_tp_group, tensor_model_parallel_all_reduce
+
+from steersman.server.engine import hooks, runner_v1
+from steersman.server.engine.layers import decoder_layers
+from steersman.server.engine.runtime import Runtime
+from steersman.server.settings import Settings
+from steersman.steering.errors import SteeringError
+from steersman.steering.sites import ModelInfo, Site
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerSteering:
+    """One rank's part."""
+
+    def __init__(self, worker: Any) -> None:
+        settings = Settings.from_env()
+        config = worker.vllm_config.model_config
+        text = config.hf_text_config
+        self.n_layers: int = text.num_hidden_layers
+        self.d_model: int = config.get_hidden_size()
+        tp = get_tp_group()
+        self.leads = tp.rank_in_group == 0
+        self.runtime = Runtime(
+            reduce=tensor_model_parallel_all_reduce if tp.world_size > 1 else None,
+            capacity=settings.plan_memory_mb * 2**20,
+            limit=settings.max_plans,
+        )
+        widths: dict[Site, dict[int, int]] = {}
+        try:
+            layers = decoder_layers(worker.model_runner.get_model(), self.n_layers)
+        except LookupError as error:
+            logger.error("nothing can be steered: %s", error)
+        else:
+            mine = [(i, m) for i, m in enumerate(layers) if any(True for _ in m.parameters())]
+            widths, shards = hooks.install(mine, self.d_model, self.runtime, settings.hooked_sites)
+            self.runtime.shard(shards)
+        runner_v1.attach(worker.model_runner, self.runtime)
+        self.info = ModelInfo(
+            name=config.model,
+            architecture=(config.hf_config.architectures or ["unknown"])[0],
+            n_layers=self.n_layers,
+            d_model=self.d_model,
+            n_heads=text.num_attention_heads,
+            d_head=_head_width(widths, text.num_attention_heads),
+            sites=widths,
+        )
+        self.pp_rank = get_pp_group().rank_in_group
+
+    def model(self) -> dict[str, Any] | None:
+        """This rank's layers and sites; None from ranks that hold another's shard."""
+        return dict(self.info.to_json()) if self.leads else None
+
+    def load_plan(self, data: bytes, holder: str, release: list[str]) -> dict[str, Any]:
+        """Pins a plan for ``holder``, after it gave up those of ``release``."""
+        try:
+            self.runtime.plans.release(release, holder)
+            return {"plan": self.runtime.plans.add(data, holder)}
+        except SteeringError as error:
+            return {"error": error.message, "code": error.code}
+        except Exception as error:
+            logger.exception("a plan could not be loaded")
+            return {"error": str(error), "code": "engine_unsteered"}
+
+    def reports(self, keys: list[str]) -> dict[str, Any] | None:
+        found = self.runtime.reports(keys)
+        return found if self.leads else None
+
+    def stats(self) -> dict[str, Any]:
+        return {"plans_resident": len(self.runtime.plans), "plan_bytes": self.runtime.plans.size}
+
+
+def _head_width(widths: dict[Site, dict[int, int]], heads: int) -> int:
+    """The width of one head's output, from what o_proj takes."""
+    known = set(widths.get(Site.ATTN_Z, {}).values())
+    return next(iter(known)) // heads if len(known) == 1 else 0

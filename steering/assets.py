@@ -1,0 +1,394 @@
+"""What an asset is: the frozen metadata of `asset.json`, by kind, and `Asset`, metadata with its tensors.
+
+| kind | metadata | tensors (L = number of `layers`) |
+|---|---|---|
+| vector | site, layers | `vectors` [L, d], or [L, k, d] for a rank-k subspace |
+| dictionary | site, layer, architecture | `W_enc` [d, m], `W_dec` [m, d], `b_dec` [d], and by architecture |
+| neurons | neurons: (layer, index) pairs | none |
+| recipe | rr_attn, rr_mlp, sources, targets, lambda_a, lambda_m | none |
+| affine | site, layers | `R` [L, r, d], `A` [L, r, d], `b` [L, r]; x' = x + Rᵀ(Ax + b − Rx) |
+| profile | steering: a request's `steering` object | none |
+
+Tensors are float32, float16 or bfloat16, finite, on the CPU. d is d_model at the sites of that width; at `attn_z` and
+`mlp_post` the width is the model's own, and is checked against the served model when a plan is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Final, Literal, get_args
+
+import torch
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from steersman.steering.errors import (
+    InvalidRequest,
+    LayerOutOfRange,
+    NonFinite,
+    SteeringError,
+    UnknownField,
+    WidthMismatch,
+    join_path,
+)
+from steersman.steering.sites import Site
+
+Kind = Literal["vector", "dictionary", "neurons", "recipe", "affine", "profile"]
+Architecture = Literal["standard", "topk", "jumprelu", "gated"]
+
+D_MODEL_SITES: Final = frozenset(Site) - {Site.ATTN_Z, Site.MLP_POST}
+DTYPES: Final[dict[str, torch.dtype]] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+VERSION_LENGTH: Final = 12
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_ENCODER: Final[dict[str, dict[str, str]]] = {  # further tensors of a dictionary and their shapes
+    "standard": {"b_enc": "m"},
+    "topk": {"b_enc": "m"},
+    "jumprelu": {"b_enc": "m", "threshold": "m"},
+    "gated": {"b_gate": "m", "b_mag": "m", "r_mag": "m"},
+}
+
+
+def is_name(name: str) -> bool:
+    """Whether `name` may name an asset. It becomes a folder's name, so nothing that could leave the store's root."""
+    return _NAME.fullmatch(name) is not None and ".." not in name
+
+
+def _check_name(name: str) -> str:
+    if not is_name(name):
+        raise ValueError("a name is 1 to 128 of A-Z a-z 0-9 . _ -, starts with a letter or digit and has no '..'")
+    return name
+
+
+def canonical_json(value: Any) -> str:
+    """One text per JSON value: sorted keys, no spaces, ASCII, no NaN or infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _as_json(value: Any) -> Any:
+    """A copy of `value` as JSON holds it: what is hashed and stored is what the asset in memory says."""
+    try:
+        return json.loads(canonical_json(value))
+    except (TypeError, RecursionError) as error:
+        raise ValueError("must be plain JSON") from error
+
+
+def _check_tokens(value: Any) -> Any:
+    if not isinstance(value, str | dict):
+        raise ValueError("a token selection is a word or an object")
+    return _as_json(value)
+
+
+def _check_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if any(b <= a for a, b in itertools.pairwise(layers)):
+        raise ValueError("layers must be strictly increasing")
+    return layers
+
+
+Index = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Layers = Annotated[tuple[Index, ...], Field(min_length=1), AfterValidator(_check_layers)]
+Text = Annotated[str, Field(max_length=65536)]
+FreeObject = Annotated[dict[str, Any], AfterValidator(_as_json)]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelRef(_Frozen):
+    """The model that an asset was made for."""
+
+    id: Annotated[str, Field(min_length=1, max_length=512)]
+    n_layers: Count
+    d_model: Count
+    fingerprint: str | None = None  # of the weights, when known
+
+
+class Recommended(_Frozen):
+    """The strength to use when a request names none, and how it was found."""
+
+    scale: Number
+    how: Text = ""
+
+
+class _Common(_Frozen):
+    name: Annotated[str, AfterValidator(_check_name)]
+    model: ModelRef
+    source: Text = ""
+    licence: Text = ""
+    description: Text = ""
+    provenance: FreeObject = Field(default_factory=dict)  # how it was created: method, data, tool, ...
+    recommended: Recommended | None = None
+    tokens: Annotated[Any, AfterValidator(_check_tokens)] = None  # default token selection; absent: the op's own
+
+    @property
+    def edited_layers(self) -> tuple[int, ...]:
+        """The layers that the asset has something for, ascending."""
+        return ()
+
+    def check_tensors(self, shapes: Shapes) -> None:
+        """Raises unless `shapes` is what the metadata announces."""
+        _names(shapes, ())
+
+    @model_validator(mode="after")
+    def _layers_in_model(self) -> _Common:
+        if self.edited_layers and self.edited_layers[-1] >= self.model.n_layers:
+            raise PydanticCustomError(
+                "layer_out_of_range",
+                "layer {layer} is beyond the model's {n} layers, which count from 0",
+                {"layer": self.edited_layers[-1], "n": self.model.n_layers},
+            )
+        return self
+
+
+class VectorMeta(_Common):
+    kind: Literal["vector"]
+    site: Site = Site.RESID_POST
+    layers: Layers
+
+    @property
+    def edited_layers(self) -> tuple[int, ...]:
+        return self.layers
+
+    def check_tensors(self, shapes: Shapes) -> None:
+        _names(shapes, ("vectors",))
+        shape = shapes["vectors"]
+        if len(shape) not in (2, 3) or shape[0] != len(self.layers) or not all(shape) or len(shape) == 3 > shape[2]:
+            raise _bad_shape("vectors", shape, f"[{len(self.layers)}, d] or [{len(self.layers)}, k, d]")
+        if len(shape) == 3 and shape[1] > shape[2]:
+            raise _bad_shape("vectors", shape, "a subspace of at most d directions")
+        _width(self, "vectors", shape[-1])
+
+
+class DictionaryMeta(_Common):
+    kind: Literal["dictionary"]
+    site: Site = Site.RESID_POST
+    layer: Index
+    architecture: Architecture
+    k: Count | None = None  # of topk: how many features stay active
+    apply_b_dec_to_input: bool = False
+
+    @property
+    def edited_layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    @model_validator(mode="after")
+    def _k_of_topk(self) -> DictionaryMeta:
+        if (self.architecture == "topk") != (self.k is not None):
+            raise ValueError("k belongs to architecture topk, and topk needs it")
+        return self
+
+    def check_tensors(self, shapes: Shapes) -> None:
+        further = _ENCODER[self.architecture]
+        _names(shapes, ("W_enc", "W_dec", "b_dec", *further))
+        if len(shapes["W_enc"]) != 2 or not all(shapes["W_enc"]):
+            raise _bad_shape("W_enc", shapes["W_enc"], "[d, m]")
+        d, m = shapes["W_enc"]
+        _width(self, "W_enc", d)
+        for name, want in {"W_dec": (m, d), "b_dec": (d,), **dict.fromkeys(further, (m,))}.items():
+            _expect(shapes, name, want)
+
+
+class NeuronsMeta(_Common):
+    kind: Literal["neurons"]
+    neurons: Annotated[tuple[tuple[Index, Index], ...], Field(min_length=1)]  # (layer, index in mlp_post)
+    d_ff: Count | None = None
+
+    @property
+    def edited_layers(self) -> tuple[int, ...]:
+        return tuple(sorted({layer for layer, _ in self.neurons}))
+
+    @model_validator(mode="after")
+    def _distinct(self) -> NeuronsMeta:
+        if len(set(self.neurons)) != len(self.neurons):
+            raise ValueError("a neuron is named twice")
+        if self.d_ff is not None and any(index >= self.d_ff for _, index in self.neurons):
+            raise ValueError(f"a neuron's index is beyond d_ff = {self.d_ff}")
+        return self
+
+
+class ByComponent(_Frozen):
+    """Layers of attention and of MLP outputs, ranked separately by the tracing that made the recipe."""
+
+    attn: Annotated[tuple[Index, ...], AfterValidator(_check_layers)] = ()
+    mlp: Annotated[tuple[Index, ...], AfterValidator(_check_layers)] = ()
+
+
+class RecipeMeta(_Common):
+    """Same-pass injection: ã(l) = a(l) + λ·Σ_{k in sources, k < l} RR_k·a(k) for l in targets, rescaled to ‖a(l)‖."""
+
+    kind: Literal["recipe"]
+    rr_attn: tuple[Number, ...]  # [n_layers] recovery rate of each layer's attention output
+    rr_mlp: tuple[Number, ...]  # [n_layers] recovery rate of each layer's MLP output
+    sources: ByComponent
+    targets: ByComponent
+    lambda_a: Number
+    lambda_m: Number
+
+    @property
+    def edited_layers(self) -> tuple[int, ...]:
+        sides = (self.sources.attn, self.sources.mlp, self.targets.attn, self.targets.mlp)
+        return tuple(sorted({layer for side in sides for layer in side}))
+
+    @model_validator(mode="after")
+    def _complete(self) -> RecipeMeta:
+        if {len(self.rr_attn), len(self.rr_mlp)} != {self.model.n_layers}:
+            raise ValueError("rr_attn and rr_mlp need one recovery rate for each of the model's layers")
+        return self
+
+
+class AffineMeta(_Common):
+    kind: Literal["affine"]
+    site: Site = Site.RESID_POST
+    layers: Layers
+
+    @property
+    def edited_layers(self) -> tuple[int, ...]:
+        return self.layers
+
+    def check_tensors(self, shapes: Shapes) -> None:
+        _names(shapes, ("R", "A", "b"))
+        shape = shapes["R"]
+        if len(shape) != 3 or shape[0] != len(self.layers) or not all(shape) or shape[1] > shape[2]:
+            raise _bad_shape("R", shape, f"[{len(self.layers)}, r, d] with r at most d")
+        _width(self, "R", shape[2])
+        _expect(shapes, "A", shape)
+        _expect(shapes, "b", shape[:2])
+
+
+class ProfileMeta(_Common):
+    kind: Literal["profile"]
+    steering: FreeObject  # a request's `steering` object; its meaning is checked where requests are
+
+
+AssetMeta = Annotated[
+    VectorMeta | DictionaryMeta | NeuronsMeta | RecipeMeta | AffineMeta | ProfileMeta, Field(discriminator="kind")
+]
+_ADAPTER: TypeAdapter[AssetMeta] = TypeAdapter(AssetMeta)
+
+
+def parse_metadata(value: Any) -> AssetMeta:
+    """The metadata that a JSON object states; an `InvalidRequest` that names the bad field when it is not one."""
+    try:
+        return _ADAPTER.validate_python(value)
+    except ValidationError as error:
+        raise validation_error(error, skip=1) from error
+
+
+def dump_metadata(meta: AssetMeta) -> dict[str, Any]:
+    """The JSON object of `meta`, optional fields that are absent left out."""
+    return {key: value for key, value in meta.model_dump(mode="json").items() if value is not None}
+
+
+def validation_error(error: ValidationError, prefix: str = "", skip: int = 0) -> SteeringError:
+    """Pydantic's first complaint as ours. `skip`: leading steps of its path that are union tags and not fields."""
+    first = error.errors(include_url=False)[0]
+    kind = first["type"]
+    path = "kind" if kind.startswith("union_tag") else ""
+    for step in first["loc"][skip:]:
+        path = join_path(path, f"[{step}]" if isinstance(step, int) else str(step))
+    message = first["msg"].removeprefix("Value error, ")
+    if error.error_count() > 1:
+        message += f" (and {error.error_count() - 1} more)"
+    cls: type[SteeringError] = {
+        "extra_forbidden": UnknownField,
+        "layer_out_of_range": LayerOutOfRange,
+        "finite_number": NonFinite,
+    }.get(kind, InvalidRequest)
+    if kind == "extra_forbidden":
+        message = f"unknown field '{first['loc'][-1]}'"
+    return cls(message, join_path(prefix, path) or None)
+
+
+@dataclass(frozen=True, eq=False)
+class Asset:
+    """Metadata with its tensors, checked against each other. Shared by all who ask for it: never written to."""
+
+    meta: AssetMeta
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    sha256: str = ""  # of the content. Given by the store alone; otherwise the tensors are copied and hashed
+
+    def __post_init__(self) -> None:
+        copy = not self.sha256
+        tensors = {name: self.tensors[name].detach().to("cpu", copy=copy).contiguous() for name in sorted(self.tensors)}
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPES.values():
+                raise InvalidRequest(f"{name} is {tensor.dtype}; wanted: {', '.join(DTYPES)}", f"tensors.{name}")
+        self.meta.check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise NonFinite(f"{name} holds NaN or infinity", f"tensors.{name}")
+        object.__setattr__(self, "tensors", tensors)
+        if not self.sha256:
+            object.__setattr__(self, "sha256", content_sha256(dump_metadata(self.meta), tensors))
+
+    @property
+    def name(self) -> str:
+        return self.meta.name
+
+    @property
+    def version(self) -> str:
+        return self.sha256[:VERSION_LENGTH]
+
+    @property
+    def ref(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def content_sha256(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of the canonical metadata, then each tensor's bytes in the order of the names.
+
+    The names, dtypes and shapes are hashed with the metadata, so no two contents share a byte stream.
+    """
+    specs = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    digest = hashlib.sha256(canonical_json({"metadata": metadata, "tensors": specs}).encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _names(shapes: Shapes, wanted: tuple[str, ...]) -> None:
+    if set(shapes) != set(wanted):
+        have, want = ", ".join(sorted(shapes)) or "none", ", ".join(wanted) or "none"
+        raise InvalidRequest(f"tensors: {have}; wanted: {want}", "tensors")
+
+
+def _expect(shapes: Shapes, name: str, want: tuple[int, ...]) -> None:
+    if shapes[name] != want:
+        raise _bad_shape(name, shapes[name], str(list(want)))
+
+
+def _bad_shape(name: str, shape: tuple[int, ...], want: str) -> InvalidRequest:
+    return InvalidRequest(f"{name} has the shape {list(shape)}, wanted: {want}", f"tensors.{name}")
+
+
+def _width(meta: VectorMeta | DictionaryMeta | AffineMeta, name: str, width: int) -> None:
+    if meta.site in D_MODEL_SITES and width != meta.model.d_model:
+        message = f"{name} is {width} wide; {meta.site.value} of {meta.model.id} is {meta.model.d_model} wide"
+        raise WidthMismatch(message, f"tensors.{name}")
+
+
+KINDS: Final[tuple[str, ...]] = get_args(Kind)

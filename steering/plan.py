@@ -1,0 +1,281 @@
+"""A plan: all of a request's interventions and probes, resolved, checked and compiled.
+
+It is what travels from the HTTP process to the engine's workers, once, as safetensors bytes, and is
+identified by the SHA-256 of those bytes. It says nothing about any one prompt: which tokens a request
+edits is its :class:`~steersman.steering.tokens.Selection`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load, save
+from torch import Tensor
+
+from steersman.kernels.program import Block, Rows
+from steersman.steering.sites import ORDER, Site
+from steersman.steering.spec import Tokens
+
+_TOKENS: TypeAdapter[Tokens] = TypeAdapter(Tokens)
+_VECTORS = ("bias", "threshold", "gain", "offset", "low", "high")
+_FLAGS = ("relative", "only_if_active", "preserve_norm", "gate")
+
+
+class Place(NamedTuple):
+    """One site of one layer."""
+
+    layer: int
+    site: Site
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts places as a forward pass reaches them."""
+        return self.layer, ORDER[self.site]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One intervention as it will be done: for reports, not for the kernel."""
+
+    op: str
+    layers: tuple[int, ...]
+    site: Site
+    tokens: Tokens
+    assets: tuple[str, ...] = ()  # "name@version", or "inline"
+    path: str = ""  # where it stands in the request
+    gate: int = -1  # index into the plan's gates, -1: none
+
+
+@dataclass(frozen=True)
+class GateRead:
+    """A gate: a coordinate of one place, compared with bounds. Read before that place's own edits."""
+
+    place: Place
+    direction: Tensor  # [d] float32, unit
+    measure: str  # "cosine" | "projection"
+    above: float | None
+    below: float | None
+    over: str  # "token" | "prompt_mean" | "last_prompt"
+    hold: bool
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether tokens reused from the prefix cache would be missing from the decision."""
+        return self.over == "prompt_mean" or (self.over == "token" and self.hold)
+
+    @property
+    def per_request(self) -> bool:
+        return self.over != "token"
+
+
+@dataclass(frozen=True)
+class ProbeRead:
+    """One direction read at one place, after that place's edits."""
+
+    probe: int
+    place: Place
+    direction: Tensor  # [d] float32, unit
+
+
+@dataclass(frozen=True)
+class Plan:
+    steps: tuple[Step, ...]
+    blocks: Mapping[Place, tuple[Block, ...]]  # in request order
+    gates: tuple[GateRead, ...] = ()
+    probes: tuple[ProbeRead, ...] = ()
+    probe_names: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+    @cached_property
+    def id(self) -> str:
+        """SHA-256 of the content, in hex."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @cached_property
+    def edits_id(self) -> str:
+        """The same without what is only read: plans that agree in it make the same KV cache."""
+        if not self.probes:
+            return self.id
+        return replace(self, probes=(), probe_names=()).id
+
+    @cached_property
+    def nbytes(self) -> int:
+        """About how much memory it takes."""
+        rows = [r for blocks in self.blocks.values() for b in blocks for r in (b.write, b.read) if r is not None]
+        kept = [r.dense if r.dense is not None else r.columns for r in rows]
+        kept += [g.direction for g in self.gates] + [p.direction for p in self.probes]
+        return sum(t.nbytes for t in kept if t is not None)
+
+    @property
+    def selectors(self) -> list[Tokens]:
+        return [step.tokens for step in self.steps]
+
+    @property
+    def places(self) -> set[Place]:
+        """Every place that is edited or read."""
+        return set(self.blocks) | {g.place for g in self.gates} | {p.place for p in self.probes}
+
+    def to_bytes(self) -> bytes:
+        tensors: dict[str, Tensor] = {}
+        names: dict[tuple[str, bytes], str] = {}
+
+        def put(tensor: Tensor) -> str:
+            tensor = tensor.contiguous()
+            key = (f"{tensor.dtype}{tuple(tensor.shape)}", tensor.numpy().tobytes())
+            if key not in names:
+                names[key] = f"t{len(names)}"
+                tensors[names[key]] = tensor
+            return names[key]
+
+        header = {
+            "steps": [
+                [s.op, list(s.layers), s.site.value, _selector(s.tokens), list(s.assets), s.path, s.gate]
+                for s in self.steps
+            ],
+            "blocks": [
+                [place.layer, place.site.value, [_pack_block(b, put) for b in self.blocks[place]]]
+                for place in sorted(self.blocks, key=lambda p: p.order)
+            ],
+            "gates": [
+                [*_flat(g.place), put(g.direction), g.measure, g.above, g.below, g.over, g.hold] for g in self.gates
+            ],
+            "probes": [[p.probe, *_flat(p.place), put(p.direction)] for p in self.probes],
+            "probe_names": list(self.probe_names),
+        }
+        if not tensors:
+            put(torch.zeros(1))  # safetensors wants at least one
+        data: bytes = save(tensors, {"plan": json.dumps(header, sort_keys=True, separators=(",", ":"))})
+        return data
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Plan:
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["plan"])
+        tensors = load(data)
+        return cls(
+            steps=tuple(
+                Step(op, tuple(layers), Site(site), _TOKENS.validate_json(json.dumps(tokens)), tuple(assets), *rest)
+                for op, layers, site, tokens, assets, *rest in header["steps"]
+            ),
+            blocks={
+                Place(layer, Site(site)): tuple(_unpack_block(b, tensors) for b in blocks)
+                for layer, site, blocks in header["blocks"]
+            },
+            gates=tuple(
+                GateRead(Place(layer, Site(site)), tensors[t], *rest) for layer, site, t, *rest in header["gates"]
+            ),
+            probes=tuple(ProbeRead(i, Place(layer, Site(s)), tensors[t]) for i, layer, s, t in header["probes"]),
+            probe_names=tuple(header["probe_names"]),
+        )
+
+
+def merge(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """``blocks`` with neighbouring plain adds collapsed into one row."""
+    out: list[Block] = []
+    for block in blocks:
+        if out and block.is_constant and out[-1].is_constant and _dense(block) and _dense(out[-1]):
+            previous = out.pop()
+            vector = _moved(previous) + _moved(block)
+            out.append(constant_block(previous.intervention, vector))
+        else:
+            out.append(block)
+    return tuple(out)
+
+
+def constant_block(intervention: int, vector: Tensor, **flags: Any) -> Block:
+    """A block that adds ``vector`` [d]."""
+    return linear_block(intervention, Rows(len(vector), dense=vector[None].float()), None, offset=1.0, **flags)
+
+
+def linear_block(
+    intervention: int,
+    write: Rows,
+    read: Rows | None,
+    *,
+    bias: Tensor | float = 0.0,
+    gain: Tensor | float = 1.0,
+    offset: Tensor | float = 0.0,
+    low: float = float("-inf"),
+    high: float = float("inf"),
+    **flags: Any,
+) -> Block:
+    """A block without an activation function; numbers stand for all its rows."""
+
+    def row(value: Tensor | float) -> Tensor:
+        return value.float() if isinstance(value, Tensor) else torch.full((write.count,), value)
+
+    return Block(
+        intervention=intervention,
+        write=write,
+        read=read,
+        bias=row(bias),
+        threshold=row(float("-inf")),
+        gain=row(gain),
+        offset=row(offset),
+        low=row(low),
+        high=row(high),
+        **flags,
+    )
+
+
+def _dense(block: Block) -> bool:
+    return block.write.dense is not None
+
+
+def _moved(block: Block) -> Tensor:
+    """What a constant block adds, [d]."""
+    return torch.clamp(block.offset, block.low, block.high) @ block.write.to_dense()
+
+
+def _selector(tokens: Tokens) -> object:
+    """As JSON, only what was stated: a selector that states nothing but ``exclude`` has a meaning of its own."""
+    return _TOKENS.dump_python(tokens, mode="json", exclude_unset=True)
+
+
+def _flat(place: Place) -> tuple[int, str]:
+    return place.layer, place.site.value
+
+
+def _pack_rows(rows: Rows | None, put: Any) -> list[Any] | None:
+    if rows is None:
+        return None
+    if rows.dense is not None:
+        return ["dense", rows.width, put(rows.dense)]
+    return ["columns", rows.width, put(rows.columns)]
+
+
+def _unpack_rows(data: list[Any] | None, tensors: Mapping[str, Tensor]) -> Rows | None:
+    return None if data is None else Rows(data[1], **{data[0]: tensors[data[2]]})
+
+
+def _pack_block(b: Block, put: Any) -> list[Any]:
+    vectors = [put(getattr(b, name)) for name in _VECTORS]
+    return [
+        b.intervention,
+        _pack_rows(b.write, put),
+        _pack_rows(b.read, put),
+        vectors,
+        [int(getattr(b, f)) for f in _FLAGS],
+    ]
+
+
+def _unpack_block(data: list[Any], tensors: Mapping[str, Tensor]) -> Block:
+    intervention, write, read, vectors, flags = data
+    rows = _unpack_rows(write, tensors)
+    assert rows is not None
+    *switches, gate = flags
+    return Block(
+        intervention=intervention,
+        write=rows,
+        read=_unpack_rows(read, tensors),
+        **{name: tensors[t] for name, t in zip(_VECTORS, vectors, strict=True)},
+        **{name: bool(value) for name, value in zip(_FLAGS, switches, strict=False)},
+        gate=gate,
+    )
