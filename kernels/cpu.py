@@ -168,7 +168,6 @@ class _Program(ctypes.Structure):
         ("n_columns", ctypes.c_int64),
         ("n_blocks", ctypes.c_int64),
         ("blocks", ctypes.POINTER(_Block)),
-        ("max_count", ctypes.c_int64),
     )
 
 
@@ -194,7 +193,6 @@ class _Compiled:
             n_columns=width if columns is not None else 0,
             n_blocks=len(blocks),
             blocks=self._blocks,
-            max_count=largest,
         )
         self.address = ctypes.addressof(self._program)
         self.scratch = 4 * (width + 16) + largest  # floats

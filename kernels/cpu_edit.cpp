@@ -35,7 +35,6 @@ struct Program {
     int64_t n_columns;
     int64_t n_blocks;
     const Block* blocks;
-    int64_t max_count;  // rows of the largest block
 };
 
 struct Group {
@@ -44,14 +43,12 @@ struct Group {
     int64_t count;
 };
 
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
-
 struct Table {
     const Group* groups;
     int64_t n_groups, n_rows;
     int64_t scratch;  // floats that one thread needs
     int64_t threads;  // 1: on the caller's thread
-    Parallel parallel;
+    void (*parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
 };
 
 namespace {
@@ -67,8 +64,7 @@ typedef uint16_t HalvesAt __attribute__((vector_size(32), aligned(2), may_alias)
 
 // -- element types; F and W are float and uint32_t, or vectors of them ----------------------------
 
-template <class To, class From>
-INLINE To bits(From from) {
+template <class To, class From> INLINE To bits(From from) {
     static_assert(sizeof(To) == sizeof(From), "same size");
     To to;
     memcpy(&to, &from, sizeof to);
@@ -76,20 +72,17 @@ INLINE To bits(From from) {
 }
 
 struct BFloat16 {
-    template <class F, class W>
-    static INLINE F widen(W h) {
+    template <class F, class W> static INLINE F widen(W h) {
         return bits<F>(W(h << 16));
     }
-    template <class F, class W>
-    static INLINE W narrow(F f) {
+    template <class F, class W> static INLINE W narrow(F f) {
         W u = bits<W>(f), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
         return (u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded;
     }
 };
 
 struct Float16 {
-    template <class F, class W>
-    static INLINE F widen(W h) {
+    template <class F, class W> static INLINE F widen(W h) {
         W magnitude = (h & 0x7fffu) << 13, exponent = magnitude & (0x7c00u << 13);
         W normal = magnitude + (112u << 23);
         W special = magnitude + (224u << 23);
@@ -97,8 +90,7 @@ struct Float16 {
         W out = exponent == 0u ? subnormal : exponent == (0x7c00u << 13) ? special : normal;
         return bits<F>(W(out | ((h & 0x8000u) << 16)));
     }
-    template <class F, class W>
-    static INLINE W narrow(F f) {
+    template <class F, class W> static INLINE W narrow(F f) {
         W u = bits<W>(f), sign = u & 0x80000000u, a = u ^ sign;
         W magic = (a & 0u) + (126u << 23);
         W large = a > (255u << 23) ? (a & 0u) + 0x7e00u : (a & 0u) + 0x7c00u;
@@ -115,7 +107,7 @@ struct Half {
     static INLINE float get(const Raw* p) { return Format::template widen<float, uint32_t>(*p); }
     static INLINE void put(Raw* p, float f) { *p = (Raw)Format::template narrow<float, uint32_t>(f); }
     static INLINE Floats load(const Raw* p) {
-        return Format::template widen<Floats, Words>(__builtin_convertvector((Halves) * (const HalvesAt*)p, Words));
+        return Format::template widen<Floats, Words>(__builtin_convertvector(*(const HalvesAt*)p, Words));
     }
     static INLINE void store(Raw* p, Floats f) {
         *(HalvesAt*)p = __builtin_convertvector((Format::template narrow<Floats, Words>(f)), Halves);
@@ -147,8 +139,7 @@ INLINE void store(typename E::Raw* p, Floats f, int n) {
     memcpy(p, all, n * sizeof *p);
 }
 
-template <class F>
-INLINE void sweep(int64_t d, F f) {
+template <class F> INLINE void sweep(int64_t d, F f) {
     int64_t i = 0;
     for (; i + LANES <= d; i += LANES) f(i, LANES);
     if (i < d) f(i, (int)(d - i));
@@ -169,8 +160,7 @@ float dot(const float* u, const float* s, int64_t d) {
     int64_t i = 0;
     for (; i + 4 * LANES <= d; i += 4 * LANES)
         for (int k = 0; k < 4; k++) a[k] += Single::load(u + i + k * LANES) * Single::load(s + i + k * LANES);
-    for (; i + LANES <= d; i += LANES) a[0] += Single::load(u + i) * Single::load(s + i);
-    if (i < d) a[1] += load<Single>(u + i, (int)(d - i)) * load<Single>(s + i, (int)(d - i));
+    sweep(d - i, [&](int64_t k, int n) { a[0] += load<Single>(u + i + k, n) * load<Single>(s + i + k, n); });
     return sum((a[0] + a[1]) + (a[2] + a[3]));
 }
 
@@ -241,9 +231,9 @@ void write(const Block& b, const float* step, float* change, int64_t d) {
     for (; j + 4 <= b.count; j += 4) {
         const float* w = b.write.dense + j * d;
         sweep(d, [&](int64_t i, int n) {
-            Floats low = step[j] * load<Single>(w + i, n) + step[j + 1] * load<Single>(w + d + i, n);
-            Floats high = step[j + 2] * load<Single>(w + 2 * d + i, n) + step[j + 3] * load<Single>(w + 3 * d + i, n);
-            store<Single>(change + i, load<Single>(change + i, n) + (low + high), n);
+            Floats v = load<Single>(change + i, n);
+            for (int k = 0; k < 4; k++) v += step[j + k] * load<Single>(w + k * d + i, n);
+            store<Single>(change + i, v, n);
         });
     }
     for (; j < b.count; j++) {
@@ -258,7 +248,7 @@ void write(const Block& b, const float* step, float* change, int64_t d) {
 void rescale(const float* base, float* change, float before, int64_t d) {
     float after = norm_of(base, change, 1, d);
     if (!(after > 0)) return;
-    float ratio = before / after;
+    const float ratio = before / after;
     sweep(d, [&](int64_t i, int n) {
         store<Single>(change + i, ratio * load<Single>(change + i, n) + (ratio - 1) * load<Single>(base + i, n), n);
     });
@@ -274,12 +264,9 @@ bool run(const Program& p, int64_t d, const Scratch& m, const float* gates, floa
         if (norms) norms[i] = 0;
         float scale = b.gate < 0 ? 1 : gates[b.gate];
         if (scale == 0) continue;
-        bool reads = b.read.dense || b.read.columns || b.relative || b.preserve_norm;
-        if (changed && reads) {
+        if (changed && (b.read.dense || b.read.columns || b.relative || b.preserve_norm)) {
             s = m.stream;
-            sweep(d, [&](int64_t k, int n) {
-                store<Single>(m.stream + k, load<Single>(m.base + k, n) + load<Single>(m.change + k, n), n);
-            });
+            for (int64_t k = 0; k < d; k++) m.stream[k] = m.base[k] + m.change[k];
         }
         read(b, s, d, m.step);
         if (b.relative) scale *= norm(s, d);
@@ -296,11 +283,15 @@ bool run(const Program& p, int64_t d, const Scratch& m, const float* gates, floa
 // -- rows -----------------------------------------------------------------------------------------
 
 template <class E>
+INLINE Floats stream(const typename E::Raw* x, const typename E::Raw* residual, int64_t i, int n) {
+    return residual ? load<E>(x + i, n) + load<E>(residual + i, n) : load<E>(x + i, n);
+}
+
+template <class E>
 float square(const typename E::Raw* x, const typename E::Raw* residual, int64_t d) {
     Floats total = {};
     sweep(d, [&](int64_t i, int n) {
-        Floats v = load<E>(x + i, n);
-        if (residual) v += load<E>(residual + i, n);
+        Floats v = stream<E>(x, residual, i, n);
         total += v * v;
     });
     return sum(total);
@@ -312,26 +303,18 @@ void edit_row(const Program& p, typename E::Raw* x, const typename E::Raw* resid
     const int64_t d = p.width;
     if (squared) *squared = square<E>(x, residual, d);
     if (p.constant) {
-        sweep(d, [&](int64_t i, int n) {
-            store<E>(x + i, load<E>(x + i, n) + load<Single>(p.constant + i, n), n);
-        });
+        sweep(d, [&](int64_t i, int n) { store<E>(x + i, load<E>(x + i, n) + load<Single>(p.constant + i, n), n); });
         if (norms) memcpy(norms, p.constant_norms, p.n_blocks * sizeof *norms);
     } else if (p.columns) {
-        for (int64_t k = 0; k < p.n_columns; k++) {
-            const int64_t c = p.columns[k];
-            m.base[k] = residual ? E::get(x + c) + E::get(residual + c) : E::get(x + c);
-        }
+        for (int64_t k = 0; k < p.n_columns; k++) m.base[k] = E::get(x + p.columns[k]);
+        for (int64_t k = 0; residual && k < p.n_columns; k++) m.base[k] += E::get(residual + p.columns[k]);
         if (!run(p, p.n_columns, m, gates, norms)) return;
         for (int64_t k = 0; k < p.n_columns; k++) {
-            const int64_t c = p.columns[k];
-            E::put(x + c, E::get(x + c) + m.change[k]);
+            typename E::Raw* at = x + p.columns[k];
+            E::put(at, E::get(at) + m.change[k]);
         }
     } else {
-        sweep(d, [&](int64_t i, int n) {
-            Floats v = load<E>(x + i, n);
-            if (residual) v += load<E>(residual + i, n);
-            store<Single>(m.base + i, v, n);
-        });
+        sweep(d, [&](int64_t i, int n) { store<Single>(m.base + i, stream<E>(x, residual, i, n), n); });
         if (!run(p, d, m, gates, norms)) return;
         sweep(d, [&](int64_t i, int n) { store<E>(x + i, load<E>(x + i, n) + load<Single>(m.change + i, n), n); });
     }
@@ -341,19 +324,24 @@ template <class E>
 struct Call {
     const Table* table;
     typename E::Raw* x;
+    int64_t x_stride;
     const typename E::Raw* residual;
+    int64_t residual_stride;
     const float* gates;
-    float *norms, *squares;
-    int64_t x_stride, residual_stride, gates_stride, norms_stride, chunk, next;
+    int64_t gates_stride;
+    float* norms;
+    int64_t norms_stride;
+    float* squares;
+    int64_t chunk = 0, next = 0;
 };
 
-// Edits the table's rows `first` to `last`.
+// Edits the table's rows from `first` to `last` or the table's end.
 template <class E>
 void edit_rows(const Call<E>& c, int64_t first, int64_t last) {
     const int64_t most = 12288;
     alignas(64) float small[most];
     const int64_t size = c.table->scratch;
-    float* memory = size > most ? (float*)malloc(size * sizeof(float)) : small;
+    float* memory = size > most ? (float*)malloc(size * sizeof *memory) : small;
     if (!memory) abort();
     int64_t start = 0;  // of the group, among the table's rows
     for (int64_t g = 0; g < c.table->n_groups && start < last; g++) {
@@ -377,24 +365,18 @@ void edit_rows(const Call<E>& c, int64_t first, int64_t last) {
 template <class E>
 void work(void* data) {
     Call<E>& c = *(Call<E>*)data;
-    for (;;) {
-        const int64_t first = __atomic_fetch_add(&c.next, c.chunk, __ATOMIC_RELAXED);
-        if (first >= c.table->n_rows) return;
-        const int64_t last = first + c.chunk;
-        edit_rows(c, first, last < c.table->n_rows ? last : c.table->n_rows);
-    }
+    for (int64_t first; (first = __atomic_fetch_add(&c.next, c.chunk, __ATOMIC_RELAXED)) < c.table->n_rows;)
+        edit_rows(c, first, first + c.chunk);
 }
 
 template <class E>
-int edit(const Table* table, void* x, int64_t n, int64_t x_stride, const void* residual, int64_t residual_stride,
-         const float* gates, int64_t gates_stride, float* norms, int64_t norms_stride, float* squares) {
+int edit(int64_t n, Call<E> call) {
+    const Table* table = call.table;
     for (int64_t g = 0; g < table->n_groups; g++)
         for (int64_t k = 0; k < table->groups[g].count; k++)
             if ((uint64_t)table->groups[g].rows[k] >= (uint64_t)n) return 1;
-    const int64_t chunks = 4 * table->threads, chunk = (table->n_rows + chunks - 1) / chunks;
-    using Raw = typename E::Raw;
-    Call<E> call = {table, (Raw*)x, (const Raw*)residual, gates,        norms,        squares,
-                    x_stride, residual_stride,  gates_stride, norms_stride, chunk, 0};
+    const int64_t chunks = 4 * table->threads;
+    call.chunk = (table->n_rows + chunks - 1) / chunks;
     if (table->threads > 1 && table->parallel)
         table->parallel(work<E>, &call, (unsigned)table->threads, 0);
     else
@@ -405,12 +387,11 @@ int edit(const Table* table, void* x, int64_t n, int64_t x_stride, const void* r
 }  // namespace
 
 // 0, or 1 when the table names a row past the n of x; then nothing is edited.
-#define EDIT(name, E)                                                                                              \
-    extern "C" __attribute__((visibility("default"))) int name(                                                    \
-        const Table* table, void* x, int64_t n, int64_t x_stride, const void* residual, int64_t residual_stride,   \
-        const float* gates, int64_t gates_stride, float* norms, int64_t norms_stride, float* squares) {            \
-        return edit<E>(table, x, n, x_stride, residual, residual_stride, gates, gates_stride, norms, norms_stride, \
-                       squares);                                                                                   \
+#define EDIT(name, E)                                                                                           \
+    extern "C" __attribute__((visibility("default"))) int name(                                                 \
+        const Table* table, E::Raw* x, int64_t n, int64_t x_stride, const E::Raw* residual, int64_t r_stride,   \
+        const float* gates, int64_t g_stride, float* norms, int64_t n_stride, float* squares) {                 \
+        return edit<E>(n, {table, x, x_stride, residual, r_stride, gates, g_stride, norms, n_stride, squares}); \
     }
 
 EDIT(edit_float32, Single)

@@ -1,11 +1,12 @@
 """What this machine and this Python environment are fit for: checks, each with its cure, and the safe cures applied.
 
-``python -m steersman.server.environment`` prints the findings; with ``mend`` it first applies the cures that cannot
+``python -m steersman.server.environment`` prints the findings; with ``--mend`` it first applies the cures that cannot
 hurt (:func:`mend`). Only the standard library is imported, so it runs in a broken environment too.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -173,10 +174,10 @@ def check_memory(p: Probes) -> Finding:
 def check_compiler(p: Probes) -> Finding:
     compiler = next((path for c in (p.env.get("CXX"), "g++", "clang++", "c++") if c and (path := p.which(c))), None)
     if compiler is None:
-        message = "no C++ compiler: only --enforce-eager serves, and the CPU kernel falls back to torch"
+        message = "no C++ compiler: compiled mode fails, and the CPU kernel falls back to torch"
         return Finding("compiler", "advice", message, "apt-get install g++")
     if not p.headers():
-        message = f"{compiler}, but no Python.h: torch.compile fails, only --enforce-eager serves"
+        message = f"{compiler}, but no Python.h: compiled mode fails"
         return Finding("compiler", "advice", message, "apt-get install python3-dev")
     return Finding("compiler", "ok", compiler)
 
@@ -239,14 +240,16 @@ def _is_foreign(p: Probes, name: str) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if arguments not in ([], ["mend"]):
-        print("usage: python -m steersman.server.environment [mend]", file=sys.stderr)
-        return 2
-    if arguments:
+    """Prints the findings, one a line; 1 when there is a problem among them."""
+    parser = argparse.ArgumentParser(prog="python -m steersman.server.environment", description=__doc__)
+    parser.add_argument("model", nargs="?", type=Path, help="a model's folder: does vLLM know its architecture?")
+    parser.add_argument("--mend", action="store_true", help="apply the cures that are safe first")
+    args = parser.parse_args(arguments)
+    if args.mend:
         mend()
-    findings = inspect()
+    findings = inspect(args.model)
     for f in findings:
-        print(f"{f.status:8} {f.name:13} {f.message}" + (f" -> {f.cure}" if f.cure else ""))
+        print(f"{f.status:8} {f.name:13} {f.message}" + (f"\n{'':23}cure: {f.cure}" if f.cure else ""))
     return int(any(f.status == "problem" for f in findings))
 
 

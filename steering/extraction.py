@@ -49,6 +49,7 @@ def collect_hf(
     if prompts is not None and len(prompts) != len(texts):
         raise ValueError(f"{len(prompts)} prompts for {len(texts)} texts")
     blocks = decoder_blocks(model)
+    backbone = getattr(model, "base_model", model)  # the model without its vocabulary head, whose logits nobody reads
     states: dict[int, Tensor] = {}  # layer -> [tokens, d] of the text being run
 
     def keep(layer: int) -> Any:
@@ -65,7 +66,7 @@ def collect_hf(
             ids = before + tokenizer(text, add_special_tokens=not before)["input_ids"]
             if len(ids) == len(before):
                 raise ValueError(f"text {i} has no tokens")
-            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+            backbone(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
             start = min(max(len(before), 1), len(ids) - 1) if token == "mean" else len(ids) - 1
             rows.append(torch.stack([states[layer][start:].mean(0) for layer in layers]))
     finally:

@@ -159,7 +159,7 @@ class Plan:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["plan"])
         tensors = load(data)
-        return cls(
+        plan = cls(
             steps=tuple(
                 Step(op, tuple(layers), Site(site), _TOKENS.validate_json(json.dumps(tokens)), tuple(assets), *rest)
                 for op, layers, site, tokens, assets, *rest in header["steps"]
@@ -174,6 +174,8 @@ class Plan:
             probes=tuple(ProbeRead(i, Place(layer, Site(s)), tensors[t]) for i, layer, s, t in header["probes"]),
             probe_names=tuple(header["probe_names"]),
         )
+        plan.__dict__["id"] = hashlib.sha256(data).hexdigest()
+        return plan
 
 
 def merge(blocks: Sequence[Block]) -> tuple[Block, ...]:

@@ -7,15 +7,18 @@ plans that no request here uses are given up after a while, or at once when the 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from steersman.server.engine.prompts import RoleFinder, TextFinder
 from steersman.server.settings import Settings
 from steersman.steering import errors, spec
+from steersman.steering.assets import Asset, ModelRef, ProfileMeta
 from steersman.steering.directions import Library
 from steersman.steering.plan import Plan
 from steersman.steering.resolve import Resolver
@@ -77,7 +80,8 @@ class Frontend:
         self._rpc = rpc
         self.store = store or Store(settings.store)
         self.resolver = Resolver(Library(self.store, model, aliases=aliases, any_model=settings.any_model))
-        self.default: spec.Steering | None = None
+        slug = re.sub(r"[^a-z0-9]+", "-", model.name.rsplit("/", 1)[-1].lower()).strip("-")
+        self._default_name = f"server-default.{slug}"
         self.holder = uuid.uuid4().hex
         self.tickets: dict[str, Ticket] = {}
         self._pins: dict[str, _Pin] = {}
@@ -149,7 +153,37 @@ class Frontend:
         return self._issue(plan, **about)
 
     def resolve(self, data: object) -> Plan:
-        return self.resolver.resolve(spec.parse(data), self.default)
+        return self.resolver.resolve(spec.parse(data), self.server_default())
+
+    def server_default(self) -> spec.Steering | None:
+        """The default profile. It is kept in the store, so that replicas and restarts agree on it."""
+        try:
+            stored = self.store.get(self._default_name)
+        except errors.UnknownAsset:
+            name = self.settings.default_profile
+            return spec.Steering(profile=name) if name else None
+        assert isinstance(stored.meta, ProfileMeta)
+        return spec.parse(stored.meta.steering, "default")
+
+    def set_default(self, data: object) -> None:
+        """Replaces the default profile by a steering object that can be resolved, or by none."""
+        if data is None:
+            with suppress(errors.UnknownAsset):
+                self.store.remove(self._default_name)
+            return
+        steering = spec.parse(data)
+        self.resolver.resolve(steering)
+        model = ModelRef(id=self.model.name, n_layers=self.model.n_layers, d_model=self.model.d_model)
+        meta = ProfileMeta(
+            name=self._default_name,
+            kind="profile",
+            model=model,
+            steering=steering.model_dump(exclude_unset=True, mode="json"),
+        )
+        ref = self.store.add(Asset(meta))
+        for info in self.store.list(kind="profile"):
+            if info.name == self._default_name and info.ref != ref:
+                self.store.remove(info.ref)
 
     def finish(self, ticket: Ticket) -> None:
         """The request that ``ticket`` was made for has ended, however it did."""
@@ -177,8 +211,8 @@ class Frontend:
 def rpc_of(engine: Any) -> Rpc:
     """``AsyncLLM.collective_rpc`` answers for the first data-parallel engine only; this asks all of them.
 
-    The contract with vLLM: ``engine.engine_core`` is an async core client whose ``core_engines`` are the engines that it
-    feeds, each reached by ``_call_utility_async(method, *args, engine=...)``; ``collective_rpc`` is such a method.
+    The contract with vLLM: ``engine.engine_core`` is an async core client whose ``core_engines`` are the engines
+    that it feeds, each reached by ``_call_utility_async(method, *args, engine=...)``, as ``collective_rpc`` is.
     """
     core = engine.engine_core
 

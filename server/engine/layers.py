@@ -242,7 +242,8 @@ def _adders(trace: _Trace, calls: list[str], majors: set[str]) -> dict[str, str]
         major = name if name in majors else major
         step = torch.randn_like(trace.outputs[name])
         moved = trace.rerun({**trace.outputs, name: trace.outputs[name] + step}) - trace.stream_out
-        if major is not None and torch.allclose(moved, step, atol=1e-4):
+        alone = torch.allclose(trace.stream_out, trace.outputs[name], atol=1e-4)  # a norm of the whole stream
+        if major is not None and not alone and torch.allclose(moved, step, atol=1e-4):
             found[major] = name
     return found
 

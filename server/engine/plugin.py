@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 RPC_METHODS = ("model", "load_plan", "reports", "stats")
-"""Methods of :class:`~steersman.server.engine.worker.WorkerSteering` that ``collective_rpc`` reaches by ``steersman_<name>``."""
+"""Methods of ``WorkerSteering`` that ``collective_rpc`` reaches by ``steersman_<name>``."""
 
 
 def register() -> None:

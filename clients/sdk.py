@@ -1,0 +1,96 @@
+"""A small Python client of Steersman's own routes; chat and completions go through the ``openai`` package as ever."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+
+class SteersmanError(Exception):
+    """An error body of the server. ``code`` is stable, ``param`` the JSON path of the bad field."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+
+
+class Steersman:
+    """``Steersman("http://localhost:8000")``; keys as the server was started with them."""
+
+    def __init__(
+        self,
+        base_url: str = "http://localhost:8000",
+        *,
+        api_key: str | None = None,
+        admin_key: str | None = None,
+        timeout: float = 600.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        headers = {}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        if admin_key:
+            headers["X-Admin-Key"] = admin_key
+        self._http = httpx.Client(base_url=base_url, headers=headers, timeout=timeout, transport=transport)
+
+    def __enter__(self) -> Steersman:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def model(self) -> dict[str, Any]:
+        """Layers, sites and widths that the server can steer."""
+        return self._json("GET", "/v1/steering/model")
+
+    def served_model(self) -> str:
+        """The name that requests give as ``model``."""
+        return str(self._json("GET", "/v1/models")["data"][0]["id"])
+
+    def assets(self, **filters: str) -> list[dict[str, Any]]:
+        """Stored assets, filtered by ``kind``, ``model`` and ``text``."""
+        found: list[dict[str, Any]] = self._json("GET", "/v1/steering/assets", params=filters)["data"]
+        return found
+
+    def asset(self, ref: str) -> dict[str, Any]:
+        return self._json("GET", f"/v1/steering/assets/{ref}")
+
+    def upload(self, file: Path, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Adds a safetensors or GGUF file with its metadata, or a JSON file that holds a whole asset."""
+        if file.suffix == ".json":
+            headers = {"content-type": "application/json"}
+            return self._json("POST", "/v1/steering/assets", content=file.read_bytes(), headers=headers)
+        import json
+
+        fields = {} if metadata is None else {"metadata": json.dumps(metadata)}
+        return self._json("POST", "/v1/steering/assets", files={"file": file.read_bytes()}, data=fields)
+
+    def delete(self, ref: str) -> list[str]:
+        removed: list[str] = self._json("DELETE", f"/v1/steering/assets/{ref}")["removed"]
+        return removed
+
+    def resolve(self, steering: Mapping[str, Any], **prompt: Any) -> dict[str, Any]:
+        """A dry run, for ``messages=[...]`` or ``prompt=...``."""
+        return self._json("POST", "/v1/steering/resolve", json={"steering": steering, **prompt})
+
+    def chat(self, messages: list[dict[str, Any]], steering: Mapping[str, Any] | None = None, **body: Any) -> Any:
+        """One chat completion, as JSON."""
+        asked = {"messages": messages, **body} | ({"steering": steering} if steering is not None else {})
+        return self._json("POST", "/v1/chat/completions", json=asked)
+
+    def _json(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
+        response = self._http.request(method, path, **kwargs)
+        if response.status_code >= 400:
+            try:
+                error = response.json()["error"]
+            except (ValueError, KeyError):
+                raise SteersmanError(response.status_code, response.text[:500]) from None
+            raise SteersmanError(response.status_code, error["message"], error.get("code"), error.get("param"))
+        found: dict[str, Any] = response.json() if response.content else {}
+        return found

@@ -1,0 +1,39 @@
+"""What the commands that talk to a running server share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+from steersman.clients.sdk import Steersman
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--server", default=os.environ.get("STEERSMAN_SERVER", "http://localhost:8000"), metavar="URL")
+    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"))
+    parser.add_argument(
+        "--add", action="append", default=[], metavar="ASSET=SCALE", help="add a vector, e.g. french=6; may be repeated"
+    )
+    parser.add_argument("--ablate", action="append", default=[], metavar="ASSET", help="remove a direction")
+    parser.add_argument("--steering", type=json.loads, metavar="JSON", help="the whole steering object")
+
+
+def steering(args: argparse.Namespace) -> dict[str, Any]:
+    """The steering object that the options describe."""
+    out: dict[str, Any] = dict(args.steering or {})
+    interventions = list(out.get("interventions", []))
+    for given in args.add:
+        name, _, scale = given.partition("=")
+        try:
+            extra = {"scale": float(scale)} if scale else {}
+        except ValueError:
+            raise SystemExit(f"steersman: --add {given}: the scale must be a number, as in french=6") from None
+        interventions.append({"op": "add", "vector": name, **extra})
+    interventions += [{"op": "ablate", "vector": name} for name in args.ablate]
+    return {**out, "interventions": interventions}
+
+
+def client(args: argparse.Namespace) -> Steersman:
+    return Steersman(args.server, api_key=args.api_key)

@@ -1,0 +1,79 @@
+"""Serve a model: vLLM's OpenAI server with steering. Every option of `vllm serve` works as it does there.
+
+On a CPU the model runs eagerly unless compilation is asked for (-O, --compilation-config or --no-enforce-eager):
+it starts a minute sooner, and a layer that is not steered costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+
+from steersman.server.settings import Settings, variable
+
+COMPILING = ("-O", "--compilation-config", "--enforce-eager", "--no-enforce-eager", "-cc", "--optimization-level")
+MEMORY = ("--gpu-memory-utilization", "--kv-cache-memory-bytes", "--kv-cache-memory")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face id or a folder")
+    for field in fields(Settings):
+        flag = f"--steering-{field.name.replace('_', '-')}"
+        text = f"{field.metadata['help']} [{variable(field.name)}]"
+        if field.type == "bool":
+            parser.add_argument(flag, dest=field.name, action="store_const", const="1", help=text)
+        else:
+            parser.add_argument(flag, dest=field.name, metavar=field.name.upper(), help=text)
+
+
+def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    for field in fields(Settings):
+        if (given := getattr(args, field.name)) is not None:
+            os.environ[variable(field.name)] = given
+    try:
+        Settings.from_env()
+    except ValueError as error:
+        raise SystemExit(f"steersman serve: {error}") from None
+    plugins = [p for p in os.environ.get("VLLM_PLUGINS", "").split(",") if p]
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, "steersman"]))
+    options = list(rest)
+    if _on_cpu():
+        options += cpu_defaults(options, os.environ)
+    _vllm_serve(["serve", args.model, *options])
+    return 0
+
+
+def cpu_defaults(options: Sequence[str], env: dict[str, str] | os._Environ[str]) -> list[str]:
+    """Options added on a CPU where the user has not said otherwise; may set the KV cache's size in ``env``."""
+    names = [o.partition("=")[0] for o in options]
+    if "VLLM_CPU_KVCACHE_SPACE" not in env and not any(n in MEMORY for n in names):
+        env["VLLM_CPU_KVCACHE_SPACE"] = "2"  # GiB; vLLM's own share of all memory may be more than is free
+    compiles = any(n in COMPILING or n.startswith("-O") for n in names)
+    return [] if compiles else ["--enforce-eager"]
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _vllm_serve(argv: list[str]) -> None:
+    """What ``vllm serve`` does, without its version look-up, which fails where vLLM is installed as vllm-cpu."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    except ImportError:  # vLLM before 0.27
+        from vllm.entrypoints.utils import cli_env_setup
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="steersman")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+    args = parser.parse_args(argv)
+    command.validate(args)
+    command.cmd(args)

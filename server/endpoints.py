@@ -1,0 +1,59 @@
+"""The ``vllm.endpoint_plugins`` entry point: Steersman's routes in vLLM's own server.
+
+The contract with vLLM: ``attach_router(app)`` runs once, after vLLM's routers and before its middleware; a
+route of the same path and method replaces vLLM's; ``init_state(engine_client, state, args)`` runs once
+the engine is up, with the application's state.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+
+from steersman.server import guard
+from steersman.server.engine.frontend import Frontend
+from steersman.server.metrics import Metrics
+from steersman.server.reports import Reports
+from steersman.server.routes import assets, openai, steering
+from steersman.server.settings import Settings
+from steersman.server.state import SteeringState
+from steersman.steering.errors import SteeringError
+
+
+class SteeringEndpoints:
+    """What ``vllm.endpoint_plugins`` makes one of, in the process that serves HTTP."""
+
+    name = "steersman"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        settings = Settings.from_env()
+        app.add_middleware(guard.Guard, limit=settings.max_body_mb * 2**20)
+        app.add_exception_handler(SteeringError, _answer)
+        for module in (openai, steering, assets):
+            module.attach(app)
+        app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        if engine_client is None:
+            return
+        frontend = await Frontend.of_async(engine_client)
+        state.steersman = SteeringState(frontend.settings, frontend, Reports(frontend), Metrics())
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, SteeringError)
+    return JSONResponse(error.body(), error.status)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's schema with the steering object's own."""
+    if app.openapi_schema is None:
+        built = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        openai.describe(built.setdefault("components", {}).setdefault("schemas", {}))
+        app.openapi_schema = built
+    return app.openapi_schema

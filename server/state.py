@@ -1,0 +1,26 @@
+"""What the HTTP process keeps for steering, on the application's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+
+from steersman.server.engine.frontend import Frontend
+from steersman.server.metrics import Metrics
+from steersman.server.reports import Reports
+from steersman.server.settings import Settings
+
+
+@dataclass
+class SteeringState:
+    settings: Settings
+    frontend: Frontend
+    reports: Reports
+    metrics: Metrics
+
+
+def state_of(app: FastAPI) -> SteeringState:
+    state = app.state.steersman
+    assert isinstance(state, SteeringState)
+    return state

@@ -1,0 +1,175 @@
+"""Every op at every site of every architecture, through the real server, against Hugging Face hooks."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.server import Server, serve
+from tests.models.tiny import REGISTRY, tiny_model
+from tests.oracle.hf import AssetData, Oracle
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+TOLERANCE = 1e-3
+PROMPT = [1, 40, 51, 62, 73, 84, 95, 106, 117, 128, 139, 31]
+MISSING = {"gpt_neox": {"resid_mid"}, "mixtral": {"mlp_post"}}
+"""Sites that an architecture does not have: parallel residuals have no middle, experts no common neurons."""
+
+
+@pytest.fixture(scope="module", params=sorted(REGISTRY))
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Oracle]]:
+    path = tiny_model(request.param)
+    options = ["--dtype", "float32", "--max-model-len", "256", "--max-logprobs", "-1", "--max-num-seqs", "32"]
+    with serve(path, tmp_path_factory.mktemp(request.param), options, name=request.param) as server:
+        yield server, Oracle(path, {})
+
+
+def test_every_site_is_found(served: tuple[Server, Oracle]) -> None:
+    server, oracle = served
+    model = server.http.get("/v1/steering/model").json()
+    every = {"resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "attn_z", "mlp_post"}
+    assert set(model["sites"]) == every - MISSING.get(server.model, set())
+    for site, layers in model["sites"].items():
+        assert layers == [i for i in range(model["n_layers"]) if site in oracle.sites(i)], site
+
+
+def test_ops_at_sites(served: tuple[Server, Oracle]) -> None:
+    """The logprobs of the prompt's tokens and of what is generated agree, for every op at every site."""
+    server, oracle = served
+    model = server.http.get("/v1/steering/model").json()
+    assets(oracle, server, model)
+    for site, layers in model["sites"].items():
+        for i, intervention in enumerate(interventions(site, layers)):
+            check(server, oracle, {"interventions": [intervention]}, f"{site} #{i} {intervention['op']}")
+
+
+def test_selectors_and_gates(served: tuple[Server, Oracle]) -> None:
+    server, oracle = served
+    model = server.http.get("/v1/steering/model").json()
+    assets(oracle, server, model)
+    base = {"op": "add", "vector": "resid_post", "scale": 2.0, "layers": [1, 2]}
+    for tokens in SELECTORS:
+        check(server, oracle, {"interventions": [{**base, "tokens": tokens}]}, str(tokens))
+    for when in gates(oracle):
+        steering = {"interventions": [{**base, "layers": [2, 3], "when": when}]}
+        check(server, oracle, steering, str(when), matters=when["over"] == "token")
+
+
+SELECTORS: list[Any] = [
+    "all", "prompt", "generated", "last_prompt",
+    {"generated": True, "last": 1},
+    {"positions": [2, -3, 14]},
+    {"ranges": [[1, 4], [13, 15]]},
+    {"token_ids": [62, 117]},
+    {"prompt": True, "exclude": {"last": 2}},
+    {"exclude": {"positions": [5]}},
+]  # fmt: skip
+
+
+def gates(oracle: Oracle) -> list[dict[str, Any]]:
+    """Gates with thresholds in the middle of what is measured, so that they open for some and not for others."""
+    stream = oracle.capture(PROMPT, [(1, "resid_post")], prompt_len=len(PROMPT))[1, "resid_post"]
+    v = oracle.assets["resid_post"].layers[1]
+    projection = stream @ (v / v.norm())
+    middle = float(projection.sort().values[len(PROMPT) // 2 - 1 : len(PROMPT) // 2 + 1].mean())
+    gate = {"vector": "resid_post", "layer": 1, "measure": "projection"}
+    return [
+        {**gate, "above": middle, "over": "token"},
+        {**gate, "below": middle, "over": "token", "measure": "projection"},
+        {**gate, "above": middle, "over": "token", "hold": True},
+        {**gate, "above": float(projection.mean()) - 0.05, "over": "prompt_mean"},
+        {**gate, "above": float(projection.mean()) + 0.05, "over": "prompt_mean"},
+        {**gate, "above": float(projection[-1]) - 0.05, "over": "last_prompt"},
+        {**gate, "measure": "cosine", "above": 0.0, "over": "token"},
+    ]
+
+
+def interventions(site: str, layers: list[int]) -> list[dict[str, Any]]:
+    """Each op at one site, at one layer and at all of them."""
+    one = layers[len(layers) // 2]
+    where = {"site": site, "vector": site}
+    found: list[dict[str, Any]] = [
+        {"op": "add", **where, "scale": 1.5, "layers": one},
+        {"op": "add", **where, "scale": 0.2, "relative": "norm", "layers": layers},
+        {"op": "add", **where, "scale": 1.5, "layers": one, "preserve_norm": True},
+        {"op": "ablate", **where, "layers": layers},
+        {"op": "ablate", **where, "vector": f"{site}-plane", "layers": layers, "strength": 0.7},
+        {"op": "clamp", **where, "value": 2.5, "layers": one, "tokens": {"generated": True, "last": 2}},
+        {"op": "clamp", **where, "min": -0.3, "max": 0.3, "layers": layers},
+        {"op": "multiply", **where, "factor": -1.5, "layers": layers},
+        {"op": "rotate", **where, "toward": f"{site}-other", "degrees": 70.0, "layers": layers},
+        {"op": "affine", "affine": f"{site}-affine", "site": site, "strength": 0.8, "layers": one},
+    ]
+    if site == "attn_z":
+        found += [
+            {"op": "heads", "heads": [[one, 0]], "factor": 0.0},
+            {"op": "heads", "heads": [[one, 0], [layers[0], 1]], "factor": 2.0},
+            {"op": "heads", "heads": [[one, 1]], "vector": site, "scale": 1.5},
+        ]
+    if site == "mlp_post":
+        pairs = [[one, 3], [one, 17], [layers[0], 5]]
+        found += [
+            {"op": "neurons", "neurons": {"inline": pairs}, "mode": mode, "value": value}
+            for mode, value in (("set", 2.0), ("add", 1.0), ("scale", -3.0))
+        ]
+    return found
+
+
+def assets(oracle: Oracle, server: Server, model: dict[str, Any]) -> None:
+    """Random directions of every site, in the oracle and in the server's store."""
+    if oracle.assets:
+        return
+    generator = torch.Generator().manual_seed(7)
+    about = {"id": model["model"], "n_layers": model["n_layers"], "d_model": model["d_model"]}
+    for site, layers in model["sites"].items():
+        widths = [model["widths"][site][str(layer)] for layer in layers]
+        by_width: dict[int, list[int]] = {}
+        for layer, width in zip(layers, widths, strict=True):
+            by_width.setdefault(width, []).append(layer)
+        width, chosen = max(by_width.items(), key=lambda item: len(item[1]))
+        common = {"kind": "vector", "site": site, "layers": chosen, "model": about}
+        for name, shape in ((site, (width,)), (f"{site}-other", (width,)), (f"{site}-plane", (2, width))):
+            stacked = torch.randn(len(chosen), *shape, generator=generator)
+            oracle.assets[name] = AssetData("vector", site, dict(zip(chosen, stacked, strict=True)))
+            upload(server, {**common, "name": name}, {"vectors": stacked})
+        r = torch.linalg.qr(torch.randn(len(chosen), width, 3, generator=generator)).Q.mT.contiguous()
+        a = torch.randn(len(chosen), 3, width, generator=generator) * 0.2
+        b = torch.randn(len(chosen), 3, generator=generator)
+        parts = {layer: {"R": r[i], "A": a[i], "b": b[i]} for i, layer in enumerate(chosen)}
+        oracle.assets[f"{site}-affine"] = AssetData("affine", site, parts)
+        upload(server, {**common, "kind": "affine", "name": f"{site}-affine"}, {"R": r, "A": a, "b": b})
+
+
+def upload(server: Server, metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    packed = {
+        name: {"dtype": "float32", "shape": list(t.shape), "data": base64.b64encode(t.numpy().tobytes()).decode()}
+        for name, t in tensors.items()
+    }
+    response = server.post("/v1/steering/assets", {**metadata, "tensors": packed})
+    assert response.status_code == 201, response.text
+
+
+def check(
+    server: Server, oracle: Oracle, steering: dict[str, Any], label: str, new: int = 5, matters: bool = True
+) -> None:
+    """Compares every logprob of the prompt and of the generated tokens. ``matters``: the edit must move some."""
+    every = {"logprobs": 512, "prompt_logprobs": 512, "return_tokens_as_token_ids": True}
+    answer = server.complete(PROMPT, steering, max_tokens=new, return_token_ids=True, **every)
+    choice = answer["choices"][0]
+    ids = PROMPT + choice["token_ids"]
+    wanted = oracle.logprobs(ids, steering, len(PROMPT))
+    got = torch.full_like(wanted, float("nan"))
+    for position, entries in enumerate(choice["prompt_logprobs"][1:]):
+        for token, entry in entries.items():
+            got[position, int(token)] = entry["logprob"]
+    for step, entries in enumerate(choice["logprobs"]["top_logprobs"]):
+        for name, value in entries.items():
+            got[len(PROMPT) - 1 + step, int(name.removeprefix("token_id:"))] = value
+    error = (got - wanted)[: len(ids) - 1].abs().max().item()
+    assert error < TOLERANCE, f"{label}: logprobs differ by {error}"
+    moved = (wanted - oracle.logprobs(ids, None, len(PROMPT))).abs().max().item()
+    assert not matters or moved > 10 * TOLERANCE, f"{label}: the edit moved nothing, so this shows nothing"

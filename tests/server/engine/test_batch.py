@@ -1,0 +1,55 @@
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+
+from steersman.server.engine.batch import EDIT_OP, refuse, rows
+from steersman.server.engine.runtime import Scheduled
+from tests.server.engine.fakes import config
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_rows_are_cut_at_the_bounds() -> None:
+    assert rows(["a", "b"], [0, 2, 5], [7, 0]) == [Scheduled("a", 7, 0, 2), Scheduled("b", 0, 2, 3)]
+    with pytest.raises(ValueError):
+        rows(["a", "b"], [0, 2], [7, 0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"use_ubatching": True}, "dual batch overlap"),
+        ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
+        ({"enable_sp": True}, "sequence parallelism"),
+        ({"kv_sharing_fast_prefill": True}, "fast prefill"),
+    ],
+)
+def test_refuses_settings_under_which_rows_are_elsewhere(changes: dict[str, Any], reason: str) -> None:
+    refuse(config(), CPU)
+    with pytest.raises(RuntimeError, match=reason):
+        refuse(config(**changes), CPU)
+
+
+@pytest.mark.parametrize("mode", [m for m in CUDAGraphMode if m != CUDAGraphMode.NONE])
+def test_refuses_graphs_that_would_swallow_the_edits(mode: CUDAGraphMode) -> None:
+    with pytest.raises(RuntimeError, match="CUDA graphs"):
+        refuse(config(cudagraph_mode=mode), CUDA)
+    refuse(config(cudagraph_mode=mode), CPU)
+    refuse(config(cudagraph_mode=CUDAGraphMode.NONE), CUDA)
+    split = config(cudagraph_mode=CUDAGraphMode.PIECEWISE)
+    split.compilation_config.splitting_ops = ["vllm::unified_attention_with_output", EDIT_OP]
+    refuse(split, CUDA)
+
+
+def test_contract_vllm_s_settings_have_these_names() -> None:
+    refuse(VllmConfig(), CPU)  # an AttributeError here: see server/engine/batch.py, `refuse`
+
+
+def test_the_op_to_split_at_is_the_one_in_the_layers() -> None:
+    importlib.import_module("steersman.server.engine.hooks")
+    namespace, name = EDIT_OP.split("::")
+    assert hasattr(getattr(torch.ops, namespace), name)
