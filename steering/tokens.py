@@ -59,15 +59,15 @@ class Rule:
         """The answer of a constant rule."""
         return self.base and not (self.exclude is not None and self.exclude.always)
 
-    def mask(self, positions: Ints, token_ids: Ints) -> Mask:
-        """[n] bool for tokens at absolute ``positions`` with ``token_ids``."""
+    def mask(self, positions: Ints, token_ids: Callable[[], Ints]) -> Mask:
+        """[n] bool for tokens at absolute ``positions``, whose ids ``token_ids()`` reads if they matter."""
         chosen = np.full(len(positions), self.base)
         if self.positions:
             chosen |= np.isin(positions, list(self.positions))
         for a, b in self.ranges:
             chosen |= (positions >= a) & (positions < b)
         if self.token_ids:
-            chosen |= np.isin(token_ids, list(self.token_ids))
+            chosen |= np.isin(token_ids(), list(self.token_ids))
         if self.exclude is not None:
             chosen &= ~self.exclude.mask(positions, token_ids)
         return chosen
@@ -215,8 +215,8 @@ class Selection:
         if tail < end:
             out[tail - start :] = self.generated
             for i, rule in self.rules.items():
-                ids = token_ids()[tail - start :]
-                out[tail - start :][rule.mask(np.arange(tail, end), ids)] |= np.uint64(1 << i)
+                chosen = rule.mask(np.arange(tail, end), lambda: token_ids()[tail - start :])
+                out[tail - start :][chosen] |= np.uint64(1 << i)
         return out
 
     def count(self, intervention: int, total: int, token_ids: Callable[[], Ints]) -> int:

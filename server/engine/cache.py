@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -51,14 +52,21 @@ def patch() -> None:
             setattr(module, NAME, with_steering)
 
 
+def _selection(request: Any, args: Mapping[str, Any]) -> Selection:
+    """The request's selection, read once; a streamed prompt's next part brings other parameters."""
+    known = getattr(request, "_steersman", None)
+    if known is None or known[0] is not args:
+        known = request._steersman = (args, Selection.from_json(args["selection"]))
+    found: Selection = known[1]
+    return found
+
+
 def block_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
     """The extra key of the block of tokens from ``start`` to ``end``; None when nothing edits it."""
     args = args_of(request.sampling_params)
     if args is None:
         return None
-    selection: Selection | None = getattr(request, "_steersman_selection", None)
-    if selection is None:
-        selection = request._steersman_selection = Selection.from_json(args["selection"])
+    selection = _selection(request, args)
     masks = selection.masks(start, end, lambda: np.asarray(request.all_token_ids[start:end], dtype=np.int64))
     if not masks.any():
         return None

@@ -2,13 +2,21 @@
 
 It replaces a handful of methods by wrappers that call the original; each module it calls states the contract it
 relies on. Nothing changes for requests without steering.
+
+torch.compile's caches are keyed by ``VllmConfig.additional_config`` and not by hooks on instances, so what our
+hooks leave in a graph is written there before the model is loaded: a graph made without them, or with others, is
+never taken for ours.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import steersman
 
 RPC_METHODS = ("model", "load_plan", "reports", "stats")
 """Methods of ``WorkerSteering`` that ``collective_rpc`` reaches by ``steersman_<name>``."""
@@ -34,12 +42,26 @@ def _patch_worker() -> None:
     def load_and_hook(self: Any, *args: Any, **kwargs: Any) -> None:
         from steersman.server.engine.worker import WorkerSteering
 
+        mark_graphs(self.vllm_config)
         load_model(self, *args, **kwargs)
         self.steersman = WorkerSteering(self)
 
     Worker.load_model = load_and_hook
     for name in RPC_METHODS:
         setattr(Worker, f"steersman_{name}", _forward_to(name))
+
+
+def mark_graphs(config: Any) -> None:
+    """Puts what shapes our part of a compiled graph into the configuration that compile caches are keyed by."""
+    from steersman.server.settings import Settings
+
+    here = Path(__file__).parent
+    code = b"".join((here / name).read_bytes() for name in ("hooks.py", "layers.py"))
+    config.additional_config["steersman"] = {
+        "version": steersman.__version__,
+        "hooks": hashlib.sha256(code).hexdigest(),
+        "sites": sorted(Settings.from_env().hooked_sites),
+    }
 
 
 def _forward_to(name: str) -> Callable[..., Any]:

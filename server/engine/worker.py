@@ -2,7 +2,7 @@
 
 The contract with vLLM: ``Worker.load_model`` ends with ``self.model_runner`` holding the loaded model
 (``get_model()``); methods of the worker class are reached by ``collective_rpc(name)``, which gives one
-answer per rank; ``Worker.vllm_config`` describes the model.
+answer per rank; ``Worker.vllm_config`` describes the model, ``use_v2_model_runner`` the runner.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.distributed import get_pp_group, get_tp_group, tensor_model_parallel_all_reduce
 
-from steersman.server.engine import hooks, runner_v1
+from steersman.server.engine import hooks, runner_v1, runner_v2
 from steersman.server.engine.layers import decoder_layers
 from steersman.server.engine.runtime import Runtime
 from steersman.server.settings import Settings
@@ -47,7 +47,8 @@ class WorkerSteering:
             mine = [(i, m) for i, m in enumerate(layers) if any(True for _ in m.parameters())]
             widths, shards = hooks.install(mine, self.d_model, self.runtime, settings.hooked_sites)
             self.runtime.shard(shards)
-        runner_v1.attach(worker.model_runner, self.runtime)
+        runner = runner_v2 if worker.use_v2_model_runner else runner_v1
+        runner.attach(worker.model_runner, self.runtime)
         self.info = ModelInfo(
             name=config.model,
             architecture=(config.hf_config.architectures or ["unknown"])[0],
