@@ -71,6 +71,10 @@ class Steersman:
         fields = {} if metadata is None else {"metadata": json.dumps(metadata)}
         return self._json("POST", "/v1/steering/assets", files={"file": file.read_bytes()}, data=fields)
 
+    def add(self, asset: Mapping[str, Any]) -> dict[str, Any]:
+        """Adds a whole asset given as a JSON object, its tensors in base64."""
+        return self._json("POST", "/v1/steering/assets", json=dict(asset))
+
     def delete(self, ref: str) -> list[str]:
         removed: list[str] = self._json("DELETE", f"/v1/steering/assets/{ref}")["removed"]
         return removed

@@ -17,5 +17,5 @@ async def admin(request: Request) -> None:
         return
     scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
     given = request.headers.get("x-admin-key") or (bearer if scheme.lower() == "bearer" else "")
-    if not hmac.compare_digest(given.encode(), key.encode()):
+    if not hmac.compare_digest(given.encode("latin-1"), key.encode()):  # a header is bytes, shown as Latin-1
         raise Unauthorized("this changes the server and needs the admin key (--steering-admin-key)", "x-admin-key")

@@ -7,21 +7,22 @@ the engine is up, with the application's state.
 
 from __future__ import annotations
 
+import asyncio
 from argparse import Namespace
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 
-from steersman.server import guard
+from steersman.server import answers, guard, inventory
 from steersman.server.engine.frontend import Frontend
 from steersman.server.metrics import Metrics
 from steersman.server.reports import Reports
 from steersman.server.routes import assets, openai, steering
 from steersman.server.settings import Settings
-from steersman.server.state import SteeringState
-from steersman.steering.errors import SteeringError
+from steersman.server.state import SteeringState, state_of
+from steersman.steering.errors import SteeringError, StoreError
 
 
 class SteeringEndpoints:
@@ -42,12 +43,16 @@ class SteeringEndpoints:
         if engine_client is None:
             return
         frontend = await Frontend.of_async(engine_client)
+        frontend.behind_routes = True
         state.steersman = SteeringState(frontend.settings, frontend, Reports(frontend), Metrics())
+        state.steersman.counting = asyncio.create_task(inventory.watch(state.steersman))
 
 
-async def _answer(request: Request, error: Exception) -> JSONResponse:
+async def _answer(request: Request, error: Exception) -> Response:
     assert isinstance(error, SteeringError)
-    return JSONResponse(error.body(), error.status)
+    if isinstance(error, StoreError):
+        state_of(request.app).metrics.store_failed(error)
+    return answers.failure(error)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

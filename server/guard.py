@@ -1,7 +1,8 @@
 """ASGI middleware: bodies have a limit, and ``steering`` is refused where no route would read it.
 
 vLLM's request models accept unknown fields, so a ``steering`` object sent to a route that knows nothing of
-it would be dropped in silence. Steered routes are let through; the bodies of other POSTs are read here first.
+it would be dropped in silence. Every body is read here, as a whole, and then given on: raised any deeper, the
+refusal would be taken for a broken body.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from steersman.server.answers import failure
 from steersman.steering.errors import InvalidRequest, PayloadTooLarge, SteeringError
 
-STEERED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/actions")
-OURS = ("/v1/steering/", "/act")
+STEERED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/actions", "/act")
+OURS = "/v1/steering/"
+DRAINED = 4  # times the limit: so much of a body that is too large is read before the connection is given up
 
 
 class Guard:
@@ -28,64 +30,75 @@ class Guard:
             await self.app(scope, receive, send)
             return
         try:
-            self._check_length(scope)
-            path = scope["path"].rstrip("/")
-            if path in STEERED or scope["path"].startswith(OURS):
-                receive = self._limited(receive)
+            body = await self._read(receive)
+            path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
+            if path.rstrip("/") not in STEERED and not path.startswith(OURS):
+                _refuse_steering(body, _content_type(scope))
+        except SteeringError as error:
+            await failure(error)(scope, receive, send)
+        else:
+            await self.app(scope, _given_on(body, receive), send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The whole body; None if the client has gone."""
+        parts: list[bytes] = []
+        size = 0
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            more = message.get("more_body", False)
+            size += len(message.get("body", b""))
+            if size > self.limit:  # a client that is still sending would not read an answer
+                parts.clear()
+                if size > DRAINED * self.limit:
+                    break
             else:
-                receive = await self._unsteered(receive)
-            await self.app(scope, receive, send)
-        except SteeringError as error:  # raised by the limit before anything was sent
-            await JSONResponse(error.body(), error.status)(scope, receive, send)
-
-    def _check_length(self, scope: Scope) -> None:
-        for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value) > self.limit:
-                raise self._too_large()
-
-    def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(f"the body is larger than {self.limit >> 20} MiB (--steering-max-body-mb)")
-
-    def _limited(self, receive: Receive) -> Receive:
-        seen = 0
-
-        async def counting() -> Message:
-            nonlocal seen
-            message = await receive()
-            if message["type"] == "http.request":
-                seen += len(message.get("body", b""))
-                if seen > self.limit:
-                    raise self._too_large()
-            return message
-
-        return counting
-
-    async def _unsteered(self, receive: Receive) -> Receive:
-        """Reads the whole body, refuses it if it asks for steering, and gives it on."""
-        messages: list[Message] = []
-        body = bytearray()
-        while True:
-            message = await receive()
-            messages.append(message)
-            body += message.get("body", b"")
-            if len(body) > self.limit:
-                raise self._too_large()
-            if message["type"] != "http.request" or not message.get("more_body"):
-                break
-        if b'"steering"' in body and _asks(bytes(body)):
-            known = ", ".join(STEERED[:3])
-            raise InvalidRequest(f"this route does not steer; these do: {known}", "steering")
-        messages.reverse()
-
-        async def again() -> Message:
-            return messages.pop() if messages else await receive()
-
-        return again
+                parts.append(message.get("body", b""))
+        if size > self.limit:
+            raise PayloadTooLarge(f"the body is larger than {self.limit >> 20} MiB (--steering-max-body-mb)", "body")
+        return b"".join(parts)
 
 
-def _asks(body: bytes) -> bool:
+def _given_on(body: bytes | None, receive: Receive) -> Receive:
+    messages: list[Message] = []
+    if body is not None:
+        messages.append({"type": "http.request", "body": body, "more_body": False})
+
+    async def given() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return given
+
+
+def _content_type(scope: Scope) -> bytes:
+    return next((bytes(value) for name, value in scope["headers"] if name == b"content-type"), b"")
+
+
+def _refuse_steering(body: bytes | None, content_type: bytes) -> None:
+    for param in _asked(body or b"", content_type):
+        known = ", ".join(STEERED[:3])
+        raise InvalidRequest(f"this route does not steer; these do: {known}", param)
+
+
+def _asked(body: bytes, content_type: bytes) -> list[str]:
+    """The fields that ask for steering."""
+    if content_type.startswith(b"multipart/"):
+        return ["steering"] if b'name="steering"' in body else []
+    if b"steering" not in body and b"\\u" not in body and b"\0" not in body:  # escaped, or not in UTF-8
+        return []
     try:
         data: Any = json.loads(body)
-    except ValueError:
-        return False
-    return isinstance(data, dict) and data.get("steering") is not None
+    except (ValueError, RecursionError):
+        return []
+    return [path for path, found in _places(data) if found is not None]
+
+
+def _places(data: Any) -> list[tuple[str, Any]]:
+    if not isinstance(data, dict):
+        return []
+    places = [("steering", data.get("steering"))]
+    if isinstance(extra := data.get("vllm_xargs"), dict):
+        places.append(("vllm_xargs.steering", extra.get("steering")))
+    return places

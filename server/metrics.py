@@ -1,33 +1,50 @@
-"""Prometheus metrics of steered requests, in vLLM's own ``/metrics``.
+"""Prometheus metrics of steered requests and of the store, in vLLM's own ``/metrics``.
 
-Label values are outcomes from a fixed list and the names of stored assets, at most ``MAX_ASSETS`` of them.
+Label values are outcomes, error codes and kinds from fixed lists, and the names of stored assets, at most
+``MAX_ASSETS`` of them. Where several HTTP processes serve one port, Prometheus adds their counters up and takes the
+gauge that was set last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from steersman.steering.errors import SteeringError
+from steersman.steering.assets import KINDS
+from steersman.steering.errors import SteeringError, StoreError
 from steersman.steering.plan import Plan
 
 MAX_ASSETS = 200
 OTHER = "other"
+BUILD_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class Metrics:
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self.requests = Counter(
-            "steersman_requests", "Requests that asked for steering, by outcome.", ["outcome"], registry=registry
+        def gauge(name: str, help: str, labels: tuple[str, ...] = ()) -> Gauge:
+            return Gauge(name, help, labels, registry=registry, multiprocess_mode="mostrecent")
+
+        def counter(name: str, help: str, label: str) -> Counter:
+            return Counter(name, help, [label], registry=registry)
+
+        self.requests = counter("steersman_requests", "Requests that asked for steering, by outcome.", "outcome")
+        self.edited = counter("steersman_edited_tokens", "Tokens edited, by asset.", "asset")
+        self.store_errors = counter("steersman_store_errors", "Failed look-ups and changes in the store.", "reason")
+        self.store_assets = gauge("steersman_store_assets", "Versions in the store, by kind.", ("kind",))
+        self.plans = gauge("steersman_plans_resident", "Plans on a worker, when the last one was loaded.")
+        self.building = Histogram(
+            "steersman_plan_build_seconds",
+            "From a request's steering object to a plan that is on every worker.",
+            registry=registry,
+            buckets=BUILD_SECONDS,
         )
-        self.edited = Counter("steersman_edited_tokens", "Tokens edited, by asset.", ["asset"], registry=registry)
         self._assets: set[str] = set()
 
     def count(self, outcome: str) -> None:
-        """steered, refused (4xx) or failed (5xx)."""
+        """steered, refused (4xx), failed (5xx) or cancelled (the client has gone)."""
         self.requests.labels(outcome).inc()
 
     @contextmanager
@@ -38,11 +55,25 @@ class Metrics:
         except SteeringError as error:
             self.count("refused" if error.status < 500 else "failed")
             raise
+        except Exception:  # vLLM's own
+            self.count("failed")
+            raise
+        except BaseException:
+            self.count("cancelled")
+            raise
 
-    def observe(self, plan: Plan, report: dict[str, Any]) -> None:
+    def observe(self, plan: Plan, report: Mapping[str, Any]) -> None:
         for step, done in zip(plan.steps, report.get("interventions", ()), strict=False):
             for asset in step.assets or ("none",):
                 self.edited.labels(self._label(asset.partition("@")[0])).inc(done["tokens"])
+
+    def store_failed(self, error: StoreError) -> None:
+        self.store_errors.labels(error.code).inc()
+
+    def stocked(self, kinds: Mapping[str, int]) -> None:
+        """How many versions of each kind the store holds."""
+        for kind in KINDS:
+            self.store_assets.labels(kind).set(kinds.get(kind, 0))
 
     def _label(self, asset: str) -> str:
         if asset not in self._assets and len(self._assets) < MAX_ASSETS:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from steersman.server.engine.frontend import Frontend, Ticket
@@ -31,15 +33,17 @@ class Reports:
             batch, self._waiting = self._waiting, {}
             try:
                 answers = await self.frontend.rpc("steersman_reports", list(batch))
+                parts = [a for a in answers if a is not None]
+                joined = {key: _join([part.get(key, []) for part in parts]) for key in batch}
             except Exception as error:
+                failed = f"the engine's reports could not be read: {error or type(error).__name__}"
                 for future in batch.values():
                     if not future.done():
-                        future.set_exception(error)
+                        future.set_exception(EngineUnsteered(failed, "steering"))
                 continue
-            parts = [a for a in answers if a is not None]
             for key, future in batch.items():
                 if not future.done():
-                    future.set_result(_join([part.get(key, []) for part in parts]))
+                    future.set_result(joined[key])
 
 
 def _join(parts: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -53,8 +57,8 @@ def _join(parts: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 known["relative"] += report["relative"]
                 known["probes"] += report["probes"]
                 known["gates"] = [
-                    a if a is not None else b for a, b in zip(known["gates"], report["gates"], strict=True)
-                ]
+                    a if a is not None else b for a, b in zip_longest(known["gates"], report["gates"])
+                ]  # a stage that lacks the plan knows of no gates, and says so in its error
     return list(joined.values())
 
 
@@ -112,7 +116,7 @@ def _probe(plan: Plan, index: int, raw: Sequence[dict[str, Any]]) -> dict[str, A
             if probe == index:
                 seen = layers.get(layer)
                 if seen is None:
-                    layers[layer] = {"tokens": count, "mean": total / count, "min": low, "max": high, "last": last}
+                    layers[layer] = {"tokens": count, "mean": total / max(count, 1), "min": low, "max": high, "last": last}
                 else:
                     tokens = seen["tokens"] + count
                     seen.update(
@@ -122,7 +126,8 @@ def _probe(plan: Plan, index: int, raw: Sequence[dict[str, Any]]) -> dict[str, A
                         last=last,
                         tokens=tokens,
                     )
-    return {"index": index, "asset": plan.probe_names[index], "layers": {str(k): v for k, v in sorted(layers.items())}}
+    told = {str(k): {name: _finite(x) for name, x in v.items()} for k, v in sorted(layers.items())}
+    return {"index": index, "asset": plan.probe_names[index], "layers": told}
 
 
 def _unmatched(ticket: Ticket) -> list[str]:
@@ -139,4 +144,9 @@ def _unmatched(ticket: Ticket) -> list[str]:
 
 
 def _mean(total: float, count: float) -> float | None:
-    return total / count if count else None
+    return _finite(total / count) if count else None
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity, which an edit beyond all bounds can make of a stream."""
+    return value if math.isfinite(value) else None

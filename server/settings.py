@@ -14,7 +14,7 @@ from typing import Any
 from steersman.steering.sites import Site
 
 
-def _default_store() -> str:
+def default_store() -> str:
     return str(Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local/share")) / "steersman/store")
 
 
@@ -28,7 +28,7 @@ def _option(default: Any, help: str) -> Any:
 class Settings:
     """Every field is the option ``--steering-<name>`` and the variable ``STEERSMAN_<NAME>``."""
 
-    store: str = _option(_default_store, "where assets are kept: a folder or any fsspec URL")
+    store: str = _option(default_store, "where assets are kept: a folder or any fsspec URL")
     admin_key: str | None = _option(None, "key that changes to /v1/steering/* need (Authorization: Bearer)")
     default_profile: str | None = _option(None, "profile applied to every request that does not opt out")
     any_model: bool = _option(False, "accept assets of other models of the same size")
@@ -41,6 +41,8 @@ class Settings:
         for name in ("max_plans", "plan_memory_mb", "max_body_mb"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--steering-{name.replace('_', '-')} must be at least 1")
+        if self.admin_key == "":
+            raise ValueError("--steering-admin-key must not be empty: everybody has an empty key")
         self.hooked_sites  # noqa: B018 - raises for an unknown site
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 from fastapi import FastAPI
@@ -18,6 +19,7 @@ class SteeringState:
     frontend: Frontend
     reports: Reports
     metrics: Metrics
+    counting: asyncio.Task[None] | None = None  # keeps the number of stored assets up to date
 
 
 def state_of(app: FastAPI) -> SteeringState:

@@ -62,6 +62,11 @@ class Resolver:
                 size -= self._plans.popitem(last=False)[1].nbytes
         return plan
 
+    def names(self, steering: spec.Steering) -> set[str]:
+        """References to every stored asset that ``steering`` needs, its profile and what that names included."""
+        named = {ref for _, part in self._expand(steering, None) for _, ref in _references(part)}
+        return named | ({steering.profile} if steering.profile else set())
+
     def _expand(self, steering: spec.Steering, default: spec.Steering | None) -> list[tuple[str, spec.Steering]]:
         """(path, steering object) in the order in which they apply: default, profile, the request itself."""
         parts: list[tuple[str, spec.Steering]] = []

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, ClassVar
 
 from steersman.server.engine.prompts import RoleFinder, TextFinder
@@ -26,23 +27,37 @@ from steersman.steering.sites import ModelInfo, Site
 from steersman.steering.store import Store
 from steersman.steering.tokens import Selection
 
-IDLE_SECONDS = 60.0
+IDLE_SECONDS = 60.0  # after which the pin of a plan that nothing uses is given up with the next plan sent
+DEFAULT_SECONDS = 1.0  # for so long a default profile that another process has changed may go unseen
 Rpc = Callable[..., Awaitable[list[Any]]]
 """(method, *arguments) -> every rank's answer."""
+
+
+class TicketKey(str):
+    """Names a ticket. A type of its own: what a client writes is a plain string, whatever it spells."""
+
+
+@dataclass
+class _Pin:
+    """A plan that the workers keep for this process."""
+
+    loaded: asyncio.Task[None] | None = None  # None: it has been loaded
+    users: int = 0
+    last_used: float = 0.0
 
 
 @dataclass
 class Ticket:
     """One HTTP request's steering, from its preparation until its response."""
 
-    PREFIX: ClassVar[str] = "steersman-ticket:"
-
-    key: str
+    key: TicketKey
     plan: Plan
+    pin: _Pin
     messages: Sequence[Any] | None = None  # of a chat request
     selections: list[Selection] = field(default_factory=list)  # one per prompt, in the order of arrival
     tokenizer: Any = None
     render: Callable[[Sequence[Any]], str] | None = None
+    refused: errors.SteeringError | None = None  # why a prompt of the request cannot be steered
 
     def text_finder(self, ids: Sequence[int]) -> Callable[[str], list[int]] | None:
         return TextFinder(self.tokenizer, ids) if self.tokenizer is not None else None
@@ -51,12 +66,6 @@ class Ticket:
         if self.tokenizer is None or self.messages is None or self.render is None:
             return None
         return RoleFinder(TextFinder(self.tokenizer, ids), self.messages, self.render)
-
-
-@dataclass
-class _Pin:
-    users: int = 0
-    last_used: float = 0.0
 
 
 class Frontend:
@@ -83,9 +92,13 @@ class Frontend:
         slug = re.sub(r"[^a-z0-9]+", "-", model.name.rsplit("/", 1)[-1].lower()).strip("-")
         self._default_name = f"server-default.{slug}"
         self.holder = uuid.uuid4().hex
+        self.behind_routes = False  # whether HTTP routes prepare every steered request and report on it
+        self.resident = 0  # plans on the workers, when the last one was loaded
         self.tickets: dict[str, Ticket] = {}
         self._pins: dict[str, _Pin] = {}
-        self._loading: dict[str, asyncio.Lock] = {}
+        self._abandoned: set[str] = set()  # plans that some worker may still have pinned for us
+        self._default: tuple[float, spec.Steering | None] | None = None  # when it was read, and what
+        self._reading_default = Lock()
 
     # -- making ------------------------------------------------------------------------------------
 
@@ -125,87 +138,158 @@ class Frontend:
     # -- preparing ---------------------------------------------------------------------------------
 
     async def prepare(self, data: object, **about: Any) -> Ticket:
-        """The ticket of a steering object; its plan is resident on every worker. Raises SteeringError."""
-        plan = await asyncio.to_thread(self.resolve, data)
-        lock = self._loading.setdefault(plan.id, asyncio.Lock())
-        async with lock:
-            if plan.id not in self._pins:
-                data_bytes = plan.to_bytes()
-                for release in (self._idle(IDLE_SECONDS), self._idle(0.0)):
-                    answers = await self.rpc("steersman_load_plan", data_bytes, self.holder, release)
-                    self._forget(release)
-                    if not _full(answers):
-                        break
-                _check(answers, plan)
-                self._pins[plan.id] = _Pin()
-        self._loading.pop(plan.id, None)
-        return self._issue(plan, **about)
+        """The ticket of a steering object; its plan is resident on every worker. Raises SteeringError.
+
+        Whoever gets it calls :meth:`finish` in the end.
+        """
+        plan, content = await asyncio.to_thread(self._build, data)
+        pin = self._pins.get(plan.id)
+        if pin is None:
+            pin = self._pins[plan.id] = _Pin()
+            pin.loaded = asyncio.create_task(self._load(plan, content))
+        ticket = self._issue(plan, pin, **about)
+        if pin.loaded is not None:
+            try:
+                await asyncio.shield(pin.loaded)  # others may wait for it too
+            except BaseException:
+                self.finish(ticket)
+                raise
+        return ticket
 
     def prepare_now(self, data: object, rpc: Any, **about: Any) -> Ticket:
         """The same without an event loop."""
-        plan = self.resolve(data)
-        if plan.id not in self._pins:
-            release = self._idle(0.0)
-            answers = rpc("steersman_load_plan", args=(plan.to_bytes(), self.holder, release))
-            self._forget(release)
-            _check(answers, plan)
-            self._pins[plan.id] = _Pin()
-        return self._issue(plan, **about)
+        plan, content = self._build(data)
+        pin = self._pins.get(plan.id)
+        if pin is None:
+            release = self._unpin(0.0)
+            try:
+                self._check(rpc("steersman_load_plan", args=(content, self.holder, release)), plan)
+            except BaseException:
+                self._abandoned |= {plan.id, *release}
+                raise
+            pin = self._pins[plan.id] = _Pin()
+        return self._issue(plan, pin, **about)
 
     def resolve(self, data: object) -> Plan:
-        return self.resolver.resolve(spec.parse(data), self.server_default())
+        asked = spec.parse(data)
+        return self.resolver.resolve(asked, self._recent_default() if asked.default else None)
+
+    def _build(self, data: object) -> tuple[Plan, bytes]:
+        """The plan, and its content if the workers may not have it."""
+        plan = self.resolve(data)
+        return plan, plan.to_bytes() if plan.id not in self._pins else b""
+
+    async def _load(self, plan: Plan, content: bytes) -> None:
+        """Sends a plan to the workers, making room for it as far as needed."""
+        sent = {plan.id}
+        try:
+            for idle in (IDLE_SECONDS, 0.0):
+                release = self._unpin(idle)
+                sent |= {*release}
+                answers = await self.rpc("steersman_load_plan", content or plan.to_bytes(), self.holder, release)
+                if not _full(answers):
+                    break
+            self._check(answers, plan)
+            self._pins[plan.id].loaded = None
+        except BaseException:
+            self._abandoned |= sent
+            del self._pins[plan.id]
+            raise
+
+    def _check(self, answers: Sequence[Any], plan: Plan) -> None:
+        for answer in answers:
+            if "error" in answer:
+                failed = errors.CapacityExceeded if _full([answer]) else errors.EngineUnsteered
+                raise failed(answer["error"])
+            if answer["plan"] != plan.id:
+                raise errors.EngineUnsteered("a worker read another plan than was sent")
+        self.resident = max((answer.get("resident", 0) for answer in answers), default=0)
+
+    def _unpin(self, idle: float) -> list[str]:
+        """Gives up the plans that no request here has used for so long: their ids, to be told to the workers.
+
+        They are forgotten before the workers are told, so that a request that names one meanwhile sends it again.
+        """
+        now = time.monotonic()
+        unused = [i for i, p in self._pins.items() if not p.users and p.loaded is None and now - p.last_used >= idle]
+        for plan_id in unused:
+            del self._pins[plan_id]
+        release = [*unused, *(self._abandoned - self._pins.keys())]
+        self._abandoned.clear()
+        return release
+
+    def _issue(self, plan: Plan, pin: _Pin, **about: Any) -> Ticket:
+        ticket = Ticket(TicketKey(uuid.uuid4().hex), plan, pin, tokenizer=self.tokenizer, **about)
+        pin.users += 1
+        self.tickets[ticket.key] = ticket
+        return ticket
+
+    def finish(self, ticket: Ticket) -> None:
+        """The request that ``ticket`` was made for has ended, however it did. Again: nothing."""
+        if self.tickets.pop(ticket.key, None) is not None:
+            ticket.pin.users -= 1
+            ticket.pin.last_used = time.monotonic()
+
+    # -- the default profile -----------------------------------------------------------------------
+
+    async def default(self) -> spec.Steering | None:
+        """The default profile; costs nothing most of the time, as every request asks for it."""
+        known = self._default
+        if known is not None and time.monotonic() - known[0] < DEFAULT_SECONDS:
+            return known[1]
+        return await asyncio.to_thread(self._recent_default)
+
+    def _recent_default(self) -> spec.Steering | None:
+        with self._reading_default:
+            if self._default is None or time.monotonic() - self._default[0] >= DEFAULT_SECONDS:
+                self._default = time.monotonic(), self.server_default()
+            return self._default[1]
 
     def server_default(self) -> spec.Steering | None:
-        """The default profile. It is kept in the store, so that replicas and restarts agree on it."""
+        """The default profile. It is kept in the store, so that replicas and restarts agree on it.
+
+        What was set there goes before the setting, also when that was none.
+        """
         try:
             stored = self.store.get(self._default_name)
         except errors.UnknownAsset:
             name = self.settings.default_profile
             return spec.Steering(profile=name) if name else None
-        assert isinstance(stored.meta, ProfileMeta)
-        return spec.parse(stored.meta.steering, "default")
+        if not isinstance(stored.meta, ProfileMeta):
+            raise errors.AssetKindMismatch(f"{stored.ref} is not a profile", "default")
+        found = spec.parse(stored.meta.steering, "default")
+        return found if found.profile or found.interventions or found.probes else None
 
     def set_default(self, data: object) -> None:
-        """Replaces the default profile by a steering object that can be resolved, or by none."""
-        if data is None:
+        """Replaces the default profile by a steering object that can be resolved; None: by none."""
+        steering = spec.Steering() if data is None else spec.parse(data)
+        self.resolver.resolve(steering)
+        if data is None and not self.settings.default_profile:
             with suppress(errors.UnknownAsset):
                 self.store.remove(self._default_name)
-            return
-        steering = spec.parse(data)
-        self.resolver.resolve(steering)
+        else:
+            self._store_default(steering)
+        with self._reading_default:
+            self._default = None
+
+    def _store_default(self, steering: spec.Steering) -> None:
         model = ModelRef(id=self.model.name, n_layers=self.model.n_layers, d_model=self.model.d_model)
-        meta = ProfileMeta(
-            name=self._default_name,
-            kind="profile",
-            model=model,
-            steering=steering.model_dump(exclude_unset=True, mode="json"),
-        )
-        ref = self.store.add(Asset(meta))
+        content = steering.model_dump(exclude_unset=True, mode="json")
+        ref = self.store.add(Asset(ProfileMeta(name=self._default_name, kind="profile", model=model, steering=content)))
         for info in self.store.list(kind="profile"):
             if info.name == self._default_name and info.ref != ref:
                 self.store.remove(info.ref)
 
-    def finish(self, ticket: Ticket) -> None:
-        """The request that ``ticket`` was made for has ended, however it did."""
-        if self.tickets.pop(ticket.key, None) is not None:
-            pin = self._pins[ticket.plan.id]
-            pin.users -= 1
-            pin.last_used = time.monotonic()
-
-    def _issue(self, plan: Plan, **about: Any) -> Ticket:
-        ticket = Ticket(Ticket.PREFIX + uuid.uuid4().hex, plan, tokenizer=self.tokenizer, **about)
-        self._pins[plan.id].users += 1
-        self.tickets[ticket.key] = ticket
-        return ticket
-
-    def _idle(self, seconds: float) -> list[str]:
-        """Plans that no request here has used for so long."""
-        now = time.monotonic()
-        return [i for i, pin in self._pins.items() if pin.users == 0 and now - pin.last_used >= seconds]
-
-    def _forget(self, plan_ids: Sequence[str]) -> None:
-        for plan_id in plan_ids:
-            self._pins.pop(plan_id, None)
+    def used_by_default(self) -> set[str]:
+        """The refs (name@version) of the assets that the default profile names, itself included."""
+        default = self.server_default()
+        if default is None:
+            return set()
+        found = set()
+        with suppress(errors.SteeringError):  # what is broken already may be deleted
+            for ref in self.resolver.names(default):
+                found.add(self.store.info(ref).ref)
+        return found
 
 
 def rpc_of(engine: Any) -> Rpc:
@@ -250,12 +334,3 @@ def merge_models(answers: Sequence[Any]) -> ModelInfo:
 
 def _full(answers: Sequence[Any]) -> bool:
     return any(a.get("code") == errors.CapacityExceeded.code for a in answers)
-
-
-def _check(answers: Sequence[Any], plan: Plan) -> None:
-    for answer in answers:
-        if "error" in answer:
-            failed = errors.CapacityExceeded if _full([answer]) else errors.EngineUnsteered
-            raise failed(answer["error"])
-        if answer["plan"] != plan.id:
-            raise errors.EngineUnsteered("a worker read another plan than was sent")

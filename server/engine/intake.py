@@ -6,23 +6,56 @@ The contract with vLLM: every way into the engine (the OpenAI routes, Anthropic'
 prompt's token ids, its images' places and a copy of the parameters of its own. ``collective_rpc`` of both engines
 reaches the workers. ``SamplingParams.skip_reading_prefix_cache`` makes a request compute its whole prompt.
 
-``extra_args["steering"]`` is a steering object, that object as a JSON string, or a :class:`Ticket`'s key,
-when an HTTP route has already prepared it.
+``extra_args["steering"]`` is a steering object, that object as a JSON string, or a :class:`TicketKey`
+when an HTTP route has already prepared it: a type, so that nothing that a client writes can pass for one. For the same
+reason ``extra_args["steersman"]``, which the engine trusts, is refused here.
+
+What cannot be steered is raised as :class:`Refused`, which ``AsyncLLM.generate`` lets pass as it is; any other
+exception it would turn into an internal error.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
-from steersman.server.engine.frontend import Frontend, Ticket
+from vllm import exceptions
+
+from steersman.server.engine.frontend import Frontend, Ticket, TicketKey
 from steersman.server.engine.wire import KEY, make_args
-from steersman.steering.errors import InvalidRequest
+from steersman.steering.errors import InvalidRequest, SteeringError
 from steersman.steering.tokens import Prompt, Selection
 
 FIELD = "steering"
+XARGS = f"vllm_xargs.{FIELD}"
+_Passing: Any = getattr(exceptions, "GracefulHTTPError", ValueError)  # older versions let a ValueError pass
+
+
+class Refused(_Passing):  # type: ignore[misc]
+    """A SteeringError on its way through vLLM, which answers it with the same status and message."""
+
+    def __init__(self, error: SteeringError) -> None:
+        arguments = (error.message,) if _Passing is ValueError else (error.message, HTTPStatus(error.status))
+        super().__init__(*arguments)
+        self.error = error
+
+
+@contextmanager
+def _refusing(ticket: Ticket | None = None) -> Iterator[None]:
+    try:
+        yield
+    except SteeringError as error:
+        error.param = error.param or FIELD
+        if ticket is not None:
+            ticket.refused = error
+        raise Refused(error) from error
 
 
 def patch() -> None:
@@ -45,11 +78,21 @@ def _wrap_async(original: Any) -> Any:
     async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         given = _given(bound.arguments["params"])
-        if given is not None and not _is_ticket(given):
+        if given is None or isinstance(given, TicketKey):
+            return await original(*bound.args, **bound.kwargs)
+        with _refusing():
             frontend = await Frontend.of_async(self)
+            if frontend.behind_routes:
+                raise InvalidRequest("this route does not steer", XARGS)
             ticket = await frontend.prepare(_decoded(given))
+        try:
             bound.arguments["params"] = _with_ticket(bound.arguments["params"], ticket)
-        return await original(*bound.args, **bound.kwargs)
+            queue = await original(*bound.args, **bound.kwargs)
+        except BaseException:
+            frontend.finish(ticket)
+            raise
+        weakref.finalize(queue, frontend.finish, ticket)  # generate() holds it until the request has ended
+        return queue
 
     return add_request
 
@@ -61,10 +104,21 @@ def _wrap_sync(original: Any) -> Any:
     def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         given = _given(bound.arguments["params"])
-        if given is not None and not _is_ticket(given):
-            ticket = Frontend.of_sync(self).prepare_now(_decoded(given), self.collective_rpc)
+        if given is None or isinstance(given, TicketKey):
+            return original(*bound.args, **bound.kwargs)
+        with _refusing():
+            frontend = Frontend.of_sync(self)
+            ticket = frontend.prepare_now(_decoded(given), self.collective_rpc)
+        try:
             bound.arguments["params"] = _with_ticket(bound.arguments["params"], ticket)
-        return original(*bound.args, **bound.kwargs)
+            request_id = original(*bound.args, **bound.kwargs)
+            known = self.output_processor
+            state = known.request_states.get(request_id) or known.parent_requests[request_id]
+        except BaseException:
+            frontend.finish(ticket)
+            raise
+        weakref.finalize(state, frontend.finish, ticket)  # the output processor holds it until the request has ended
+        return request_id
 
     return add_request
 
@@ -73,12 +127,15 @@ def _wrap_process_inputs(original: Any) -> Any:
     @functools.wraps(original)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
-        params = request.sampling_params
-        given = _given(params)
+        given = _given(request.sampling_params)
+        if KEY in (getattr(request.sampling_params, "extra_args", None) or ()):
+            with _refusing():
+                raise InvalidRequest(f"{KEY} is set by the server alone", f"vllm_xargs.{KEY}")
         if given is not None:
-            ticket = Frontend.current().tickets[given]
-            params.extra_args = {k: v for k, v in params.extra_args.items() if k != FIELD}
-            params.extra_args[KEY] = _finish(ticket, request)
+            params = request.sampling_params = copy.copy(request.sampling_params)  # it may be the caller's own
+            ticket = _ticket(given)
+            others = {k: v for k, v in params.extra_args.items() if k != FIELD}
+            params.extra_args = {**others, KEY: _finish(ticket, request)}
             if any(g.needs_whole_prompt for g in ticket.plan.gates):
                 params.skip_reading_prefix_cache = True
         return request
@@ -86,17 +143,26 @@ def _wrap_process_inputs(original: Any) -> Any:
     return process_inputs
 
 
+def _ticket(given: Any) -> Ticket:
+    found = Frontend.current().tickets.get(given) if isinstance(given, TicketKey) else None
+    if found is None:
+        with _refusing():
+            raise InvalidRequest("this way into the engine does not steer, or its request has ended", XARGS)
+    return found
+
+
 def _finish(ticket: Ticket, request: Any) -> dict[str, Any]:
     """What the engine gets: the selection of this prompt's tokens."""
-    if request.prompt_token_ids is None:
-        raise InvalidRequest("a prompt given as embeddings cannot be steered", FIELD)
-    ids = request.prompt_token_ids
-    images = [p for f in request.mm_features or () if f.modality == "image" for p in _span(f.mm_position)]
-    prompt = Prompt(ids, ticket.text_finder(ids), ticket.role_finder(ids), images)
-    paths = [f"{step.path}.tokens" for step in ticket.plan.steps]
-    selection = Selection.build(ticket.plan.selectors, prompt, paths)
+    with _refusing(ticket):
+        if request.prompt_token_ids is None:
+            raise InvalidRequest("a prompt given as embeddings cannot be steered", FIELD)
+        ids = request.prompt_token_ids
+        images = [p for f in request.mm_features or () if f.modality == "image" for p in _span(f.mm_position)]
+        prompt = Prompt(ids, ticket.text_finder(ids), ticket.role_finder(ids), images)
+        paths = [f"{step.path}.tokens" for step in ticket.plan.steps]
+        selection = Selection.build(ticket.plan.selectors, prompt, paths)
     ticket.selections.append(selection)
-    return make_args(ticket.plan, selection, ticket.key)
+    return make_args(ticket.plan, selection, str(ticket.key))
 
 
 def _span(position: Any) -> range:
@@ -108,17 +174,13 @@ def _given(params: Any) -> Any:
     return extra.get(FIELD) if extra else None
 
 
-def _is_ticket(given: Any) -> bool:
-    return isinstance(given, str) and given.startswith(Ticket.PREFIX)
-
-
 def _decoded(given: Any) -> Any:
     if not isinstance(given, str):
         return given
     try:
         return json.loads(given)
-    except ValueError as error:
-        raise InvalidRequest(f"is not JSON: {error}", f"vllm_xargs.{FIELD}") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"is not JSON: {error}", XARGS) from None
 
 
 def _with_ticket(params: Any, ticket: Ticket) -> Any:

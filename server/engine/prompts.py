@@ -10,6 +10,10 @@ from typing import Any
 
 from steersman.steering.errors import InvalidRequest
 
+LONGEST_CHARACTER = 16
+"""Tokens that are waited for to make a character whole. Four bytes do; but tokens may hold the end of one character and
+the beginning of the next, and a prompt may hold bytes, or U+FFFD itself, that will never make one."""
+
 
 class TextFinder:
     """Positions of the tokens that overlap a text, wherever it occurs in the prompt.
@@ -42,7 +46,7 @@ class TextFinder:
                 alone = self.tokenizer.decode(self.ids[waiting - 1 : waiting], skip_special_tokens=False)
                 piece = context[len(alone) :] if context.startswith(alone) else piece
             starts.append(len(text))
-            if piece.endswith("\ufffd"):
+            if piece.endswith("\ufffd") and i + 1 - waiting < LONGEST_CHARACTER:
                 continue
             text += piece
             ends += [len(text)] * (i + 1 - len(ends))
@@ -65,7 +69,8 @@ class RoleFinder:
     """Positions of the contents of a chat's messages with a given role.
 
     The chat template is rendered with unique marks in place of the contents, which shows the literal text
-    around each; the real prompt is then read along those literals.
+    around each; the real prompt is then read along those literals. Where the two do not agree it is an error, so no
+    other token is ever taken for a message's.
     """
 
     def __init__(self, finder: TextFinder, messages: Sequence[Any], render: Callable[[Sequence[Any]], str]) -> None:
@@ -75,39 +80,61 @@ class RoleFinder:
 
     def __call__(self, role: str) -> list[int]:
         out: set[int] = set()
-        for (message_role, _), (start, end) in zip(self._contents, self._spans, strict=True):
+        for message_role, start, end in self._spans:
             if message_role == role:
                 out.update(self.finder.overlapping(start, end))
         return sorted(out)
 
     @cached_property
-    def _contents(self) -> list[tuple[str, str]]:
-        out = []
-        for message in self.messages:
-            content = message.get("content")
-            if isinstance(content, list):
-                content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
-            out.append((str(message.get("role")), str(content or "")))
-        return out
-
-    @cached_property
-    def _spans(self) -> list[tuple[int, int]]:
-        marks = [f"mark{uuid.uuid4().hex}" for _ in self._contents]
-        marked = self.render(
-            [{"role": role, "content": mark} for (role, _), mark in zip(self._contents, marks, strict=True)]
+    def _spans(self) -> list[tuple[str, int, int]]:
+        """The role, first character and the one past the last of every message that has text."""
+        spoken = [(i, texts) for i, message in enumerate(self.messages) if (texts := _texts(message))]
+        for as_parts in (False, True):  # templates take a content as a string, as a list of parts, or both
+            if (spans := self._read(spoken, as_parts)) is not None:
+                return [(str(self.messages[i].get("role")), *span) for (i, _), span in zip(spoken, spans, strict=True)]
+        raise InvalidRequest(
+            "the chat template does not show where the messages stand in the prompt; use positions or text"
         )
-        text, at, spans = self.finder.text, 0, []
-        for i, ((_, content), mark) in enumerate(zip(self._contents, marks, strict=True)):
-            literal, found, rest = marked.partition(mark)
-            variants = [v for v in (content, content.strip()) if text.startswith(literal + v, at)] if found else []
-            if not variants and i == 0 and found:  # a tokenizer may add a BOS that the template does not show
-                at = max(text.find(literal + content.strip()), 0)
-                variants = [v for v in (content, content.strip()) if text.startswith(literal + v, at)]
-            if not variants:
-                raise InvalidRequest(
-                    f"the chat template does not show where message {i} stands in the prompt; use positions or text"
-                )
-            start = at + len(literal)
-            spans.append((start, start + len(variants[0])))
-            at, marked = spans[-1][1], rest
+
+    def _read(self, spoken: Sequence[tuple[int, list[str]]], as_parts: bool) -> list[tuple[int, int]] | None:
+        """Where the texts stand, None when the prompt is not what the template makes of them."""
+        marks = [f"mark{uuid.uuid4().hex}" for _ in spoken]
+        marked = [dict(message) for message in self.messages]
+        for (i, _), mark in zip(spoken, marks, strict=True):
+            marked[i]["content"] = [{"type": "text", "text": mark}] if as_parts else mark
+        try:
+            rest = self.render(marked)
+        except Exception:  # a template may raise anything
+            return None
+        literals = []
+        for mark in marks:
+            literal, found, rest = rest.partition(mark)
+            if not found:
+                return None
+            literals.append(literal)
+        literals.append(rest)
+        text, at, spans = self.finder.text, -1, list[tuple[int, int]]()
+        for (_, texts), literal, following in zip(spoken, literals, literals[1:], strict=False):
+            if at < 0:  # a tokenizer may add a BOS that the template does not show
+                fits = [(t, text.find(literal + t + following)) for t in texts]
+            else:
+                fits = [(t, at if text.startswith(literal + t + following, at) else -1) for t in texts]
+            found_at = [(t, k) for t, k in fits if k >= 0]
+            if not found_at:
+                return None
+            chosen, at = found_at[0][0], found_at[0][1] + len(literal)
+            spans.append((at, at + len(chosen)))
+            at += len(chosen)
         return spans
+
+
+def _texts(message: Any) -> list[str]:
+    """What a template may make of a message's content: as it stands, or stripped. None of a message without text."""
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [str(part.get("text") or "") if isinstance(part, dict) else str(part) for part in content]
+        contents = ["\n".join(parts), "".join(parts)]
+    else:
+        contents = [content] if isinstance(content, str) else []
+    forms = dict.fromkeys(form for c in contents for form in (c, c.rstrip(), c.lstrip(), c.strip()))
+    return list(forms) if any(forms) else []

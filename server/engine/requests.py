@@ -66,10 +66,10 @@ class GateState:
             raise LookupError("a gate decides at the prompt's last token, which was not computed here")
         if self.read.over == "last_prompt":
             return bool(self._holds(x[last][None])[0]) if last < len(x) else None
-        if start == 0 or self.total is None:  # a preempted request begins again
-            self.total, self.seen = torch.zeros(x.shape[1], dtype=torch.float64), 0
+        if self.total is None:
+            self.total = torch.zeros(x.shape[1], dtype=torch.float64)
         self._no_gap(start)
-        new = x[self.seen - start : last + 1]
+        new = x[self.seen - start : last + 1]  # what a preempted request computes again was added already
         self.total += new.double().sum(0)  # in float64 chunks of any size have the same sum
         self.seen += len(new)
         return bool(self._holds((self.total / self.seen).float()[None])[0]) if last < len(x) else None

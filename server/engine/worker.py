@@ -65,10 +65,11 @@ class WorkerSteering:
         return dict(self.info.to_json()) if self.leads else None
 
     def load_plan(self, data: bytes, holder: str, release: list[str]) -> dict[str, Any]:
-        """Pins a plan for ``holder``, after it gave up those of ``release``."""
+        """Pins a plan for ``holder``, after it gave up those of ``release``; its id, and how many are resident now."""
+        plans = self.runtime.plans
         try:
-            self.runtime.plans.release(release, holder)
-            return {"plan": self.runtime.plans.add(data, holder)}
+            plans.release(release, holder)
+            return {"plan": plans.add(data, holder), "resident": len(plans)}
         except SteeringError as error:
             return {"error": error.message, "code": error.code}
         except Exception as error:

@@ -59,12 +59,18 @@ def free_port() -> int:
 
 @contextmanager
 def serve(
-    model: Path, tmp: Path, options: Sequence[str] = (), env: Mapping[str, str] | None = None, name: str = "tiny"
+    model: Path,
+    tmp: Path,
+    options: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    name: str = "tiny",
+    command: Sequence[str] | None = None,
 ) -> Iterator[Server]:
-    """Starts a server and ends it, with whatever it started."""
+    """Starts a server and ends it, with whatever it started. ``command``: Python's arguments, for another server."""
     port, log, store = free_port(), tmp / "server.log", tmp / "store"
-    command = [sys.executable, "-m", "steersman.server.cli", "serve", str(model), "--port", str(port)]
-    command += ["--served-model-name", name, "--steering-store", str(store), *options]
+    if command is None:
+        command = ["-m", "steersman.server.cli", "serve", str(model), "--steering-store", str(store)]
+    command = [sys.executable, *command, "--port", str(port), "--served-model-name", name, *options]
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
     with log.open("wb") as out:
         process = subprocess.Popen(

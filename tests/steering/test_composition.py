@@ -43,6 +43,7 @@ def numbers(low: int, high: int) -> st.SearchStrategy[float]:
     return st.integers(low * 8, high * 8).map(lambda n: n / 8)  # exact in float32
 
 
+OTHER_SEEDS = st.integers(2 * 10**6, 3 * 10**6)  # than directions() has: never parallel
 UNITS = st.lists(st.integers(0, D - 1), min_size=1, max_size=4)
 
 
@@ -66,7 +67,7 @@ def interventions(draw: st.DrawFn, exact: bool) -> dict[str, Any]:
     elif op == "multiply":
         out |= {"vector": v, "factor": draw(numbers(-2, 2))}
     elif op == "rotate":
-        out |= {"vector": v, "toward": noise(D, seed=draw(st.integers(2 * 10**6, 3 * 10**6))), "degrees": draw(numbers(-360, 360))}
+        out |= {"vector": v, "toward": noise(D, seed=draw(OTHER_SEEDS)), "degrees": draw(numbers(-360, 360))}
     elif op == "neurons":
         mode = draw(st.sampled_from(["set", "add", "scale"]))
         out |= {"neurons": [(1, i) for i in draw(UNITS)], "mode": mode, "value": draw(numbers(-2, 2))}

@@ -18,7 +18,8 @@ from tests.server.engine.toy import POST, Piece, Toy, alone, args, report
 from tests.steering.library import D, plan_of
 
 PROMPT = [SHUT, 5, OPENS, 4, 1, 12, 2, 20]
-IDS = [*PROMPT, 6, 5, OPENS, 1, 2, 5, 3, 11]
+LATE = 30  # opens the gate of "late-hold"
+IDS = [*PROMPT, 6, 5, OPENS, 1, 2, LATE, 3, 11]
 P = len(PROMPT)
 
 
@@ -103,8 +104,8 @@ def test_a_preempted_request_begins_again(kind: str, stop: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=15, deadline=None)
-@given(accepted=st.lists(st.integers(0, 3), min_size=8, max_size=8), wrong=st.sampled_from([OPENS, 5, 1]))
+@settings(max_examples=25, deadline=None)
+@given(accepted=st.lists(st.integers(0, 3), min_size=8, max_size=8), wrong=st.sampled_from([OPENS, LATE, 1]))
 def test_drafts_that_are_rejected_leave_no_trace(kind: str, accepted: list[int], wrong: int) -> None:
     toy = Toy(Runtime())
     toy.add("r", plan(kind), PROMPT)
@@ -231,6 +232,9 @@ def test_an_old_layout_is_not_used_for_a_plan_that_was_loaded_again() -> None:
     toy.add("b", gated, PROMPT)
     assert torch.equal(toy.run(Piece("b", 0, PROMPT))["b"], alone(gated, PROMPT, P))
     assert report(toy.runtime, "b")["edited"] == [3]
+    toy.runtime.remove_request("b")
+    toy.run(Piece("plain", 0, PROMPT))
+    assert not toy.runtime._layouts  # nothing keeps a dropped plan in memory
 
 
 def test_sizes_are_measured_first_and_then_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,207 @@
+"""What steering costs, end to end: ``vllm bench serve`` against stock vLLM and against Steersman, in pairs.
+
+Both servers run at once, and every run of a case is next to a run of the stock server, in alternating
+order; what counts is the ratio within each pair. The client is vLLM's own (``vllm.benchmarks.serve``); only
+the ``steering`` field is added to its requests.
+
+    python -m benchmarks.serving [--model DIR] [--pairs 5] [--cases idle,all_layers] [--compiled]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import io
+import itertools
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from benchmarks.provenance import save
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from tests.e2e.server import Server, serve
+
+NAME = "bench"
+PLANS = 16
+
+
+def cases(layers: list[int]) -> dict[str, list[Any]]:
+    """For each case the steering objects that its requests take in turn."""
+
+    def add(index: int, at: Any) -> dict[str, Any]:
+        return {"interventions": [{"op": "add", "vector": f"bench-{index}", "scale": 0.5, "layers": at}]}
+
+    return {
+        "idle": [None],
+        "one_layer": [add(0, layers[len(layers) // 2])],
+        "all_layers": [add(0, "all")],
+        "plans_16": [add(i, "all") for i in range(PLANS)],
+        "ablate_all_layers": [{"interventions": [{"op": "ablate", "vector": "bench-0", "layers": "all"}]}],
+    }
+
+
+GOALS = {"idle": 0.99, "all_layers": 0.97}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--input-len", type=int, default=64)
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--cases", type=lambda s: s.split(","))
+    parser.add_argument("--compiled", action="store_true", help="torch.compile on, in both servers")
+    parser.add_argument("--name", default="serving", help="of the result file")
+    args = parser.parse_args()
+    if args.model is None:
+        from steersman.clients.smollm2 import fetch
+
+        args.model = fetch()
+    mode = ["--no-enforce-eager"] if args.compiled else ["--enforce-eager"]
+    options = [*mode, "--max-model-len", "2048", "--max-num-seqs", "64", "--no-enable-prefix-caching"]
+    console = Console()
+    with tempfile.TemporaryDirectory() as scratch:
+        tmp = Path(scratch)
+        with _stock(args.model, tmp / "stock", options) as stock, _ours(args.model, tmp / "ours", options) as ours:
+            layers = _upload(ours)
+            chosen = {k: v for k, v in cases(layers).items() if not args.cases or k in args.cases}
+            runs = _run(args, stock, ours, chosen, console)
+    results = {case: _summary(pairs) for case, pairs in runs.items()}
+    settings = {k: v for k, v in vars(args).items() if k not in ("model", "cases", "name")}
+    path = save(args.name, {"model": args.model.name, "settings": settings, "cases": results})
+    console.print(table(results))
+    console.print(f"written to {path}")
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    out = Table("case", "output tok/s, ratio to stock", "spread of pairs", "median ITL ratio", "TTFT ratio", "goal")
+    for case, r in results.items():
+        goal = GOALS.get(case)
+        low, high = r["output_throughput"]["spread"]
+        out.add_row(
+            case,
+            f"{r['output_throughput']['median']:.3f}",
+            f"{low:.3f} - {high:.3f}",
+            f"{r['median_itl_ms']['median']:.3f}",
+            f"{r['median_ttft_ms']['median']:.3f}",
+            "" if goal is None else f">= {goal}",
+        )
+    return out
+
+
+def _run(
+    args: argparse.Namespace, stock: Server, ours: Server, chosen: Mapping[str, list[Any]], console: Console
+) -> dict[str, list[tuple[Any, Any]]]:
+    """(stock, case) results of each pair."""
+    for server, steering in ((stock, [None]), (ours, [None]), *((ours, s) for s in chosen.values())):
+        _bench(args, server, steering, prompts=args.concurrency)  # warm-up, not counted
+    runs: dict[str, list[tuple[Any, Any]]] = {case: [] for case in chosen}
+    schedule = list(itertools.product(range(args.pairs), chosen.items()))
+    for i, (case, steering) in track(schedule, "measuring", console=console):
+        order = [(stock, [None]), (ours, steering)]
+        measured = [_bench(args, *what) for what in (order if i % 2 == 0 else order[::-1])]
+        runs[case].append(tuple(measured if i % 2 == 0 else measured[::-1]))  # type: ignore[arg-type]
+    return runs
+
+
+def _bench(args: argparse.Namespace, server: Server, steering: list[Any], prompts: int | None = None) -> dict[str, Any]:
+    """One run of vLLM's own serving benchmark."""
+    from vllm.benchmarks import serve as bench
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    bench.add_cli_args(parser)
+    given = parser.parse_args(
+        [
+            "--backend", "openai", "--base-url", server.url, "--model", NAME, "--tokenizer", str(args.model),
+            "--dataset-name", "random", "--random-input-len", str(args.input_len),
+            "--random-output-len", str(args.output_len), "--num-prompts", str(prompts or args.prompts),
+            "--max-concurrency", str(args.concurrency), "--ignore-eos", "--disable-tqdm", "--seed", "0",
+            "--temperature", "0",
+        ]
+    )  # fmt: skip
+    turn = itertools.cycle(steering)
+    plain = bench.get_samples
+
+    def with_steering(*a: Any, **k: Any) -> Any:
+        samples = plain(*a, **k)
+        for sample in samples:
+            if (asked := next(turn)) is not None:
+                sample.request_overrides = {"steering": {**asked, "report": "summary"}}
+        return samples
+
+    bench.get_samples = with_steering
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            result: dict[str, Any] = asyncio.run(bench.main_async(given))
+    finally:
+        bench.get_samples = plain
+    if result["failed"] if "failed" in result else result["completed"] != (prompts or args.prompts):
+        raise SystemExit(f"requests failed: {result.get('errors')}")
+    return result
+
+
+def _summary(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {"pairs": len(pairs)}
+    for figure in ("output_throughput", "median_itl_ms", "p99_itl_ms", "median_ttft_ms"):
+        ratios = [ours[figure] / stock[figure] for stock, ours in pairs]
+        out[figure] = {
+            "median": statistics.median(ratios),
+            "spread": [min(ratios), max(ratios)],
+            "ratios": ratios,
+            "stock": [stock[figure] for stock, _ in pairs],
+            "steersman": [ours[figure] for _, ours in pairs],
+        }
+    return out
+
+
+@contextlib.contextmanager
+def _ours(model: Path, tmp: Path, options: list[str]) -> Iterator[Server]:
+    tmp.mkdir()
+    with serve(model, tmp, options, name=NAME) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _stock(model: Path, tmp: Path, options: list[str]) -> Iterator[Server]:
+    """vLLM's own server, with no plugin loaded."""
+    tmp.mkdir()
+    module = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    with serve(model, tmp, options, {"VLLM_PLUGINS": "none"}, NAME, command=module) as server:
+        yield server
+
+
+def _upload(server: Server) -> list[int]:
+    """Random unit directions for every layer; the layers."""
+    model = server.http.get("/v1/steering/model").json()
+    n, d = model["n_layers"], model["d_model"]
+    rng = np.random.default_rng(0)
+    for i in range(PLANS):
+        v = rng.standard_normal((n, d)).astype("<f4")
+        v /= np.linalg.norm(v, axis=1, keepdims=True)
+        body = {
+            "name": f"bench-{i}", "kind": "vector", "layers": list(range(n)),
+            "model": {"id": model["model"], "n_layers": n, "d_model": d},
+            "tensors": {
+                "vectors": {"dtype": "float32", "shape": [n, d], "data": base64.b64encode(v.tobytes()).decode()}
+            },
+        }  # fmt: skip
+        httpx.post(f"{server.url}/v1/steering/assets", json=body).raise_for_status()
+    return list(range(n))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    main()
