@@ -34,7 +34,8 @@ def edit(
     """
     if program.is_columnar:
         return _edit_columns(x, program, gates, norms, reduce or _alone)
-    alpha, c = _recur(x, program, gates, norms, reduce or _alone)
+    # The scalars in float64: a norm made of Gram terms is a difference of large numbers where little is left of x.
+    alpha, c = (part.to(x) for part in _recur(x.double(), program, gates, norms, reduce or _alone))
     change = _combine(c, program.writes)
     return change + (alpha - 1)[:, None] * x if program.needs_norm else change
 

@@ -86,7 +86,7 @@ def _asked(body: bytes, content_type: bytes) -> list[str]:
     """The fields that ask for steering."""
     if content_type.startswith(b"multipart/"):
         return ["steering"] if b'name="steering"' in body else []
-    if b"steering" not in body and b"\\u" not in body and b"\0" not in body:  # escaped, or not in UTF-8
+    if b"steer" not in body and b"\\u" not in body and b"\0" not in body:  # escaped, or not in UTF-8
         return []
     try:
         data: Any = json.loads(body)
@@ -100,5 +100,5 @@ def _places(data: Any) -> list[tuple[str, Any]]:
         return []
     places = [("steering", data.get("steering"))]
     if isinstance(extra := data.get("vllm_xargs"), dict):
-        places.append(("vllm_xargs.steering", extra.get("steering")))
+        places += [(f"vllm_xargs.{key}", extra.get(key)) for key in ("steering", "steersman")]
     return places

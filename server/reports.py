@@ -23,7 +23,8 @@ class Reports:
 
     async def fetch(self, ticket: Ticket) -> list[dict[str, Any]]:
         """The raw report of every sequence of the request."""
-        future = self._waiting[ticket.key] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[list[dict[str, Any]]] = asyncio.get_running_loop().create_future()
+        self._waiting[str(ticket.key)] = future  # the transport takes no other type
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._drain())
         return await future
@@ -116,11 +117,12 @@ def _probe(plan: Plan, index: int, raw: Sequence[dict[str, Any]]) -> dict[str, A
             if probe == index:
                 seen = layers.get(layer)
                 if seen is None:
-                    layers[layer] = {"tokens": count, "mean": total / max(count, 1), "min": low, "max": high, "last": last}
+                    mean = total / max(count, 1)
+                    layers[layer] = {"tokens": count, "mean": mean, "min": low, "max": high, "last": last}
                 else:
                     tokens = seen["tokens"] + count
                     seen.update(
-                        mean=(seen["mean"] * seen["tokens"] + total) / tokens,
+                        mean=(seen["mean"] * seen["tokens"] + total) / max(tokens, 1),
                         min=min(seen["min"], low),
                         max=max(seen["max"], high),
                         last=last,

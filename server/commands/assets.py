@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from steersman.server.settings import Settings
+from steersman.server.commands.remote import json_object
+from steersman.server.settings import default_store, variable
 from steersman.steering.assets import KINDS, dump_metadata
-from steersman.steering.formats import gguf, native
+from steersman.steering.formats import native, uploads
 from steersman.steering.store import Store
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", default=Settings.from_env().store, help="a folder or fsspec URL [%(default)s]")
+    store = os.environ.get(variable("store")) or default_store()
+    parser.add_argument("--store", default=store, help="a folder or fsspec URL [%(default)s]")
     actions = parser.add_subparsers(dest="action", required=True)
     add = actions.add_parser("add", help="add a .safetensors, .gguf or .json file")
     add.add_argument("file", type=Path)
-    add.add_argument("--metadata", type=json.loads, default={}, help="JSON object with what the file does not say")
+    add.add_argument("--metadata", type=json_object, default={}, help="JSON object with what the file does not say")
     add.add_argument("--name", help="the asset's name, where the file does not say")
     listing = actions.add_parser("list", help="list what is stored")
     listing.add_argument("--kind", choices=KINDS)
@@ -42,22 +46,26 @@ def _add(args: argparse.Namespace, store: Store) -> int:
     data = args.file.read_bytes()
     fields = {**args.metadata, **({"name": args.name} if args.name else {})}
     if args.file.suffix == ".json":
-        asset = native.from_json({**json.loads(data), **fields})
-    elif data[:4] == b"GGUF":
-        asset = gguf.from_gguf(data, **fields)
+        asset = native.from_json({**native.loads(data, "file"), **fields})
     else:
-        asset = native.from_safetensors(data, fields or None)
+        asset = uploads.read(data, fields or None)
     print(store.add(asset))
     return 0
 
 
 def _list(args: argparse.Namespace, store: Store) -> int:
+    console = Console()
     table = Table("asset", "kind", "model", "layers", "description", box=None)
     for info in store.list(args.kind, args.model, args.text):
         layers = info.meta.edited_layers
         span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else ", ".join(map(str, layers))
-        table.add_row(info.ref, info.meta.kind, info.meta.model.id, span, info.meta.description)
-    Console().print(table)
+        row = (info.ref, info.meta.kind, info.meta.model.id, span, info.meta.description)
+        if console.is_terminal:
+            table.add_row(*map(escape, row))
+        else:  # for other programs: nothing is wrapped
+            print("\t".join(" ".join(cell.split()) for cell in row))
+    if console.is_terminal:
+        console.print(table)
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 from rich.columns import Columns
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 
 from steersman.clients.sdk import Steersman, SteersmanError
@@ -65,7 +66,7 @@ def _answer(
         plain, steered = pool.map(ask, [None, wanted])
     width = max(30, console.width // 2 - 2)
     panels = [
-        Panel(answer["choices"][0]["message"]["content"] or "", title=title, width=width)
+        Panel(escape(answer["choices"][0]["message"]["content"] or ""), title=title, width=width)
         for answer, title in ((plain, "unsteered"), (steered, "steered"))
     ]
     console.print(Columns(panels))

@@ -17,13 +17,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--add", action="append", default=[], metavar="ASSET=SCALE", help="add a vector, e.g. french=6; may be repeated"
     )
     parser.add_argument("--ablate", action="append", default=[], metavar="ASSET", help="remove a direction")
-    parser.add_argument("--steering", type=json.loads, metavar="JSON", help="the whole steering object")
+    parser.add_argument("--steering", type=json_object, metavar="JSON", help="the whole steering object")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """For argparse."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return value
 
 
 def steering(args: argparse.Namespace) -> dict[str, Any]:
     """The steering object that the options describe."""
     out: dict[str, Any] = dict(args.steering or {})
-    interventions = list(out.get("interventions", []))
+    interventions = out.get("interventions", [])
+    if not isinstance(interventions, list):
+        raise SystemExit("steersman: --steering: interventions must be a list")
+    interventions = list(interventions)
     for given in args.add:
         name, _, scale = given.partition("=")
         try:

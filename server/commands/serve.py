@@ -10,15 +10,17 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.metadata import entry_points
 
 from steersman.server.settings import Settings, variable
 
 COMPILING = ("-O", "--compilation-config", "--enforce-eager", "--no-enforce-eager", "-cc", "--optimization-level")
+ROUTED = "vllm.endpoint_plugins"
 MEMORY = ("--gpu-memory-utilization", "--kv-cache-memory-bytes", "--kv-cache-memory")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face id or a folder")
+    parser.usage = "steersman serve [--steering-... VALUE] MODEL [any option of vllm serve]"
     for field in fields(Settings):
         flag = f"--steering-{field.name.replace('_', '-')}"
         text = f"{field.metadata['help']} [{variable(field.name)}]"
@@ -36,18 +38,32 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         Settings.from_env()
     except ValueError as error:
         raise SystemExit(f"steersman serve: {error}") from None
-    plugins = [p for p in os.environ.get("VLLM_PLUGINS", "").split(",") if p]
-    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, "steersman"]))
+    os.environ["VLLM_PLUGINS"] = ",".join(plugins(os.environ.get("VLLM_PLUGINS")))
     options = list(rest)
     if _on_cpu():
         options += cpu_defaults(options, os.environ)
-    _vllm_serve(["serve", args.model, *options])
+    _vllm_serve(["serve", *options])
     return 0
+
+
+def plugins(named: str | None) -> list[str]:
+    """The plugins that vLLM may load: those that ``VLLM_PLUGINS`` names, and Steersman.
+
+    Where it names none, vLLM loads all but those with HTTP routes; once it names one, only that.
+    """
+    if named is not None:
+        names = [name for name in named.split(",") if name]
+    else:
+        every = entry_points()
+        groups = [group for group in every.groups if group.startswith("vllm.") and group.endswith("_plugins")]
+        routed = every.select(group=ROUTED).names
+        names = sorted({p.name for group in groups for p in every.select(group=group)} - routed)
+    return list(dict.fromkeys([*names, "steersman"]))
 
 
 def cpu_defaults(options: Sequence[str], env: dict[str, str] | os._Environ[str]) -> list[str]:
     """Options added on a CPU where the user has not said otherwise; may set the KV cache's size in ``env``."""
-    names = [o.partition("=")[0] for o in options]
+    names = [o.partition("=")[0].partition(".")[0].replace("_", "-") for o in options]
     if "VLLM_CPU_KVCACHE_SPACE" not in env and not any(n in MEMORY for n in names):
         env["VLLM_CPU_KVCACHE_SPACE"] = "2"  # GiB; vLLM's own share of all memory may be more than is free
     compiles = any(n in COMPILING or n.startswith("-O") for n in names)

@@ -29,6 +29,7 @@ from steersman.steering.tokens import Selection
 
 IDLE_SECONDS = 60.0  # after which the pin of a plan that nothing uses is given up with the next plan sent
 DEFAULT_SECONDS = 1.0  # for so long a default profile that another process has changed may go unseen
+DEFAULT_NAME = "server-default."  # how the names of default profiles begin in the store, one for each model
 Rpc = Callable[..., Awaitable[list[Any]]]
 """(method, *arguments) -> every rank's answer."""
 
@@ -90,7 +91,7 @@ class Frontend:
         self.store = store or Store(settings.store)
         self.resolver = Resolver(Library(self.store, model, aliases=aliases, any_model=settings.any_model))
         slug = re.sub(r"[^a-z0-9]+", "-", model.name.rsplit("/", 1)[-1].lower()).strip("-")
-        self._default_name = f"server-default.{slug}"
+        self._default_name = f"{DEFAULT_NAME}{slug}"
         self.holder = uuid.uuid4().hex
         self.behind_routes = False  # whether HTTP routes prepare every steered request and report on it
         self.resident = 0  # plans on the workers, when the last one was loaded

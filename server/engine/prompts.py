@@ -37,7 +37,7 @@ class TextFinder:
     @cached_property
     def _decoded(self) -> tuple[str, list[int], list[int]]:
         """The text, and each token's first character and the one past its last."""
-        text, starts, ends = "", [], []
+        text, starts, ends = "", list[int](), list[int]()
         waiting = 0  # first token of a character that is not complete yet
         for i in range(len(self.ids)):
             piece = self.tokenizer.decode(self.ids[waiting : i + 1], skip_special_tokens=False)

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steersman.kernels.program import Program
-from steersman.kernels.reference import Reduce, edit
+from steersman.kernels.reference import Reduce
+from steersman.server.engine.layout import Group, Run, Work, group_rows
 from steersman.server.engine.requests import Masks, RequestState, open_request
 from steersman.server.engine.resident import Resident, ResidentPlans, Shard
 from steersman.steering.plan import Place
@@ -45,16 +45,6 @@ class Scheduled(NamedTuple):
 
 
 @dataclass
-class Group:
-    """Rows that get the same program at one place."""
-
-    resident: Resident
-    program: Program
-    rows: Tensor  # [n] int64
-    delta: Tensor | None  # [1, d] float32: all the program does is add this
-
-
-@dataclass
 class Owner:
     """A steered request's rows in this step."""
 
@@ -70,16 +60,7 @@ class Owner:
         return slice(self.row, self.row + self.count)
 
 
-class Run(NamedTuple):
-    """Consecutive rows that the same interventions of one plan edit."""
-
-    resident: Resident
-    mask: int
-    first: int
-    end: int  # past the last one
-
-
-Layout = dict[Place, list[Group]]
+Layout = dict[Place, Work]
 
 
 class Runtime:
@@ -206,23 +187,17 @@ class Runtime:
         return self._owners[-1]
 
     def _lay_out(self, key: Sequence[Run]) -> Layout:
-        """Groups by place, rows of the same plan and mask together."""
-        ranges: dict[tuple[Resident, int], list[Tensor]] = {}
-        for resident, mask, a, b in key:
-            ranges.setdefault((resident, mask), []).append(torch.arange(a, b))
+        """What is to be done at each place, rows of the same plan and mask together."""
         out: Layout = {}
-        for (resident, mask), parts in ranges.items():
-            rows = torch.cat(parts)
+        for (resident, mask), rows in group_rows(key).items():
             try:
                 programs = resident.programs(mask)
-                deltas = {place: program.constant for place, program in programs.items()}
             except Exception as error:
                 _fail(self._using(resident), f"compiling its plan failed: {error}")
                 self._layout_key = None  # what is laid out lacks it, so it is not for another batch
                 continue
             for place, program in programs.items():
-                delta = deltas[place]
-                out.setdefault(place, []).append(Group(resident, program, rows, None if delta is None else delta[None]))
+                out.setdefault(place, Work()).groups.append(Group(resident, program, rows))
         return out
 
     def _using(self, resident: Resident) -> list[RequestState]:
@@ -230,59 +205,47 @@ class Runtime:
 
     def _apply(self, place: Place, x: Tensor, residual: Tensor | None) -> None:
         decided = self._read_gates(place, x, residual) if place in self._reads else []
-        for group in self._layout.get(place, ()):
+        if (work := self._layout.get(place)) is not None:
+            gates = self._gates(work) if work.gated else None
+            reduce = self.reduce if place in self.shards else None
             try:
-                if group.delta is not None and not self._measure:
-                    x[group.rows] = (x[group.rows].float() + group.delta).to(x.dtype)
-                else:
-                    self._edit(place, x, residual, group)
+                relative = work.apply(x, residual, gates, self._measure, reduce)
+                if relative is not None:
+                    self._measured(place, work, relative, gates)
             except Exception as error:
-                _fail(self._using(group.resident), f"editing {_name(place)} failed: {error}")
+                edited = {id(g.resident) for g in work.groups}
+                states = [o.state for o in self._owners if id(o.state.resident) in edited]
+                _fail(states, f"editing {_name(place)} failed: {error}")
         for owner, i, values in decided:
             owner.gates[i] = values
         if place in self._reads:
             self._read_probes(place, x, residual)
 
-    def _edit(self, place: Place, x: Tensor, residual: Tensor | None, group: Group) -> None:
-        rows, program = group.rows, group.program
-        own = x[rows].float()
-        stream = own if residual is None else own + residual[rows].float()
-        norms = stream.new_zeros(len(rows), len(program.blocks)) if self._measure else None
-        gates = self._gates(group) if any(b.gate >= 0 for b in program.blocks) else None
-        reduce = self.reduce if place in self.shards else None
-        delta = edit(stream, program, gates, norms, reduce)
-        x[rows] = (own + delta).to(x.dtype)
-        if norms is not None:
-            square = (stream * stream).sum(-1)
-            if reduce is not None:
-                square = reduce(square)
-            self._measured(place, group, norms / square.sqrt().clamp_min(1e-30)[:, None], gates)
-
-    def _gates(self, group: Group) -> Tensor:
-        """[n, n_gates] of the group's rows."""
-        count = len(group.resident.plan.gates)
-        total = max(o.row + o.count for o in self._owners)
-        out = torch.zeros(total, count)
+    def _gates(self, work: Work) -> Tensor:
+        """[rows, n_gates] of the work's rows."""
+        count = max(len(g.resident.plan.gates) for g in work.groups)
+        everyone = torch.zeros(max(o.row + o.count for o in self._owners), count)
         for owner in self._owners:
-            if owner.state.resident is group.resident:
-                for i, values in enumerate(owner.gates):
-                    out[owner.rows, i] = values
-        return out[group.rows]
+            for i, values in enumerate(owner.gates):
+                everyone[owner.rows, i] = values
+        return everyone[torch.cat([g.rows for g in work.groups])]
 
-    def _measured(self, place: Place, group: Group, relative: Tensor, gates: Tensor | None) -> None:
+    def _measured(self, place: Place, work: Work, relative: Tensor, gates: Tensor | None) -> None:
         """Adds up each intervention's ‖Δx‖/‖x‖ over the rows that it edited."""
-        rows, values = group.rows.numpy(), relative.double().numpy()
-        for owner in self._owners:
-            if owner.state.resident is not group.resident:
-                continue
-            mine = np.flatnonzero((rows >= owner.row) & (rows < owner.row + owner.count))
-            for j, block in enumerate(group.program.blocks):
-                chosen = values[mine, j]
-                if block.gate >= 0:
-                    assert gates is not None
-                    chosen = chosen[gates[mine, block.gate].numpy() > 0]
-                if len(mine):
-                    owner.state.measured(block.intervention, place.layer, chosen)
+        sizes = relative.double().numpy()
+        for group, part in work.slices():
+            rows = group.rows.numpy()
+            for owner in self._owners:
+                if owner.state.resident is not group.resident:
+                    continue
+                mine = part.start + np.flatnonzero((rows >= owner.row) & (rows < owner.row + owner.count))
+                for j, block in enumerate(group.program.blocks):
+                    chosen = sizes[mine, j]
+                    if block.gate >= 0:
+                        assert gates is not None
+                        chosen = chosen[gates[mine, block.gate].numpy() > 0]
+                    if len(mine):
+                        owner.state.measured(block.intervention, place.layer, chosen)
 
     def _read_gates(self, place: Place, x: Tensor, residual: Tensor | None) -> list[tuple[Owner, int, Tensor]]:
         """The gates that are read here, before this place's edits; they hold for later places only."""

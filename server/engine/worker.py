@@ -76,9 +76,15 @@ class WorkerSteering:
             logger.exception("a plan could not be loaded")
             return {"error": str(error), "code": "engine_unsteered"}
 
-    def reports(self, keys: list[str]) -> dict[str, Any] | None:
+    def reports(self, keys: list[str]) -> dict[str, Any]:
+        """Raw reports by key. Ranks that hold another's shard say only what went wrong on them."""
         found = self.runtime.reports(keys)
-        return found if self.leads else None
+        if self.leads:
+            return found
+        return {
+            key: [{**report, "relative": [], "probes": []} for report in reports if report["error"]]
+            for key, reports in found.items()
+        }
 
     def stats(self) -> dict[str, Any]:
         return {"plans_resident": len(self.runtime.plans), "plan_bytes": self.runtime.plans.size}

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
+from fastapi.responses import Response
 
+from steersman.server import inventory
 from steersman.server.access import admin
+from steersman.server.answers import Json, dumps
+from steersman.server.engine.frontend import DEFAULT_NAME, Frontend
 from steersman.server.state import state_of
 from steersman.steering import assets as kinds
 from steersman.steering import spec
 from steersman.steering.assets import Asset, ProfileMeta
-from steersman.steering.errors import AssetInUse, InvalidRequest, UploadMalformed
-from steersman.steering.formats import gguf, native
-from steersman.steering.store import AssetInfo
+from steersman.steering.errors import AssetInUse, InvalidRequest, UploadMalformed, located
+from steersman.steering.formats import gguf, native, uploads
+from steersman.steering.store import AssetInfo, parse_ref
 
 router = APIRouter(prefix="/v1/steering/assets")
 Filter = Annotated[str | None, Query()]
@@ -28,7 +32,7 @@ async def list_assets(raw: Request, kind: Filter = None, model: Filter = None, t
         raise InvalidRequest(f"unknown kind; wanted: {', '.join(kinds.KINDS)}", "kind")
     store = state_of(raw.app).frontend.store
     found = await asyncio.to_thread(store.list, kind, model, text)
-    return JSONResponse({"object": "list", "data": [describe(info) for info in found]})
+    return Json({"object": "list", "data": [describe(info) for info in found]})
 
 
 @router.post("", dependencies=[Depends(admin)])
@@ -42,42 +46,50 @@ async def upload(raw: Request) -> Response:
         asset = await _multipart(raw)
     else:
         raise UploadMalformed("send application/json or multipart/form-data", "content-type")
-    if isinstance(asset.meta, ProfileMeta):
-        spec.parse(asset.meta.steering, "steering")
-    store = state_of(raw.app).frontend.store
-    ref = await asyncio.to_thread(store.add, asset)
-    return JSONResponse(describe(await asyncio.to_thread(store.info, ref)), 201)
+    if asset.name.startswith(DEFAULT_NAME):
+        raise InvalidRequest(f"names with {DEFAULT_NAME} are the server's own; see /v1/steering/default", "name")
+    if isinstance(asset.meta, ProfileMeta) and spec.parse(asset.meta.steering, "steering").profile is not None:
+        raise InvalidRequest("profiles do not nest", "steering.profile")
+    state = state_of(raw.app)
+    ref = await asyncio.to_thread(state.frontend.store.add, asset)
+    await inventory.count(state)
+    return Json(describe(await asyncio.to_thread(state.frontend.store.info, ref)), 201)
 
 
 @router.get("/{ref}")
 async def fetch(ref: str, raw: Request, format: Filter = None) -> Response:
     """An asset's metadata and provenance; ``format=safetensors|gguf|json`` gives the whole asset."""
+    if format not in (None, *_WRITERS):
+        raise InvalidRequest(f"wanted: {', '.join(_WRITERS)}", "format")
     store = state_of(raw.app).frontend.store
-    if format is None:
-        return JSONResponse(describe(await asyncio.to_thread(store.info, ref)))
-    asset = await asyncio.to_thread(store.get, ref)
+    with located("ref"):
+        if format is None:
+            return Json(describe(await asyncio.to_thread(store.info, ref)))
+        asset = await asyncio.to_thread(store.get, ref)
+    data = await asyncio.to_thread(_WRITERS[format], asset)
     if format == "json":
-        return JSONResponse(native.to_json(asset))
-    if format == "safetensors":
-        return _file(native.to_safetensors(asset), f"{asset.name}.safetensors")
-    if format == "gguf":
-        return _file(gguf.to_gguf(asset), f"{asset.name}.gguf")
-    raise InvalidRequest("wanted: json, safetensors or gguf", "format")
+        return Response(data, media_type="application/json")
+    name = f'attachment; filename="{asset.name}.{format}"'
+    return Response(data, headers={"content-disposition": name}, media_type="application/octet-stream")
 
 
 @router.delete("/{ref}", dependencies=[Depends(admin)])
 async def delete(ref: str, raw: Request) -> Response:
     """Deletes a version, or with a plain name all of them. Requests already accepted are not affected."""
-    frontend = state_of(raw.app).frontend
-    default = frontend.server_default()
-    if (
-        default is not None
-        and default.profile is not None
-        and default.profile.partition("@")[0] == ref.partition("@")[0]
-    ):
-        raise AssetInUse(f"{ref} is the server's default profile", "ref")
-    removed = await asyncio.to_thread(frontend.store.remove, ref)
-    return JSONResponse({"removed": list(removed)})
+    state = state_of(raw.app)
+    removed = await asyncio.to_thread(_delete, state.frontend, ref)
+    await inventory.count(state)
+    return Json({"removed": list(removed)})
+
+
+def _delete(frontend: Frontend, ref: str) -> tuple[str, ...]:
+    with located("ref"):
+        name, version = parse_ref(ref)
+        doomed = None if version is None else frontend.store.info(ref).ref
+        used = {u for u in frontend.used_by_default() if u == doomed or (doomed is None and u.startswith(f"{name}@"))}
+        if used:
+            raise AssetInUse(f"the server's default profile needs {', '.join(sorted(used))}")
+        return frontend.store.remove(ref)
 
 
 def attach(app: FastAPI) -> None:
@@ -96,20 +108,25 @@ def describe(info: AssetInfo) -> dict[str, Any]:
 
 
 async def _multipart(raw: Request) -> Asset:
-    form = await raw.form(max_files=1, max_fields=1)
+    try:
+        form = await raw.form(max_files=1, max_fields=1)
+    except HTTPException as error:
+        raise UploadMalformed(f"not a readable form: {error.detail}", "body") from None
     file, metadata = form.get("file"), form.get("metadata")
     if file is None or isinstance(file, str):
         raise UploadMalformed("needs a file part named file", "file")
+    if metadata is not None and not isinstance(metadata, str):
+        raise UploadMalformed("must be a field with a JSON object, not a file", "metadata")
     data = await file.read()
-    fields = native.loads(metadata, "metadata") if isinstance(metadata, str) else None
-    if data[:4] == b"GGUF":
-        if fields is not None and not isinstance(fields, dict):
-            raise UploadMalformed("must be a JSON object", "metadata")
-        return await asyncio.to_thread(lambda: gguf.from_gguf(data, **(fields or {})))
-    return await asyncio.to_thread(native.from_safetensors, data, fields)
+    return await asyncio.to_thread(uploads.read, data, metadata)
 
 
-def _file(data: bytes, name: str) -> Response:
-    return Response(
-        data, headers={"content-disposition": f'attachment; filename="{name}"'}, media_type="application/octet-stream"
-    )
+def _to_json(asset: Asset) -> bytes:
+    return dumps(native.to_json(asset))
+
+
+_WRITERS: dict[str, Callable[[Asset], bytes]] = {
+    "json": _to_json,
+    "safetensors": native.to_safetensors,
+    "gguf": gguf.to_gguf,
+}

@@ -1,15 +1,14 @@
 """OpenAI's routes with ``steering``: each prepares the plan, calls vLLM's own handler, and adds the report.
 
 The contract with vLLM: the modules below hold a request model and a route function ``(request, raw_request)`` that
-returns a ``JSONResponse`` or a ``StreamingResponse`` of server-sent events; ``vllm_xargs`` of the request
-end up in ``SamplingParams.extra_args``; a chat or completion stream ends with ``data: [DONE]``, and the
-last chunk of each choice is the one with a ``finish_reason``; a responses stream ends with ``response.completed``.
+returns a ``JSONResponse``, a ``StreamingResponse`` of server-sent events, or None when the client has gone;
+``vllm_xargs`` of the request end up in ``SamplingParams.extra_args``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -24,10 +23,13 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from steersman.server.engine.frontend import Ticket
-from steersman.server.engine.intake import FIELD
-from steersman.server.reports import block
-from steersman.server.state import SteeringState, state_of
-from steersman.steering.errors import InvalidRequest, SteeringError
+from steersman.server.engine.intake import FIELD, XARGS
+from steersman.server.engine.wire import KEY
+from steersman.server.routes import streams
+from steersman.server.routes.served import Served, spliced
+from steersman.server.state import state_of
+from steersman.steering.errors import InvalidRequest
+from steersman.steering.plan import Plan
 from steersman.steering.spec import Steering
 
 _DESCRIPTION = "what to edit inside the decoder layers for this request"
@@ -52,7 +54,7 @@ _json = [Depends(validate_json_request)]
 @router.post("/v1/chat/completions", dependencies=_json)
 async def create_chat_completion(request: SteeredChatRequest, raw_request: Request) -> Response:
     """OpenAI's chat completions, steered."""
-    return await _serve(request, raw_request, chat.create_chat_completion, _chat_context(request, raw_request))
+    return await _serve(request, raw_request, chat.create_chat_completion, chat_context(request, raw_request))
 
 
 @router.post("/v1/completions", dependencies=_json)
@@ -64,8 +66,6 @@ async def create_completion(request: SteeredCompletionRequest, raw_request: Requ
 @router.post("/v1/responses", dependencies=_json)
 async def create_responses(request: SteeredResponsesRequest, raw_request: Request) -> Response:
     """OpenAI's responses, steered."""
-    if request.background and _asked(request) is not None:
-        raise InvalidRequest("steering does not work with background responses", FIELD)
     return await _serve(request, raw_request, responses.create_responses, {})
 
 
@@ -75,128 +75,113 @@ def attach(app: FastAPI) -> None:
 
 async def _serve(request: Any, raw: Request, handler: Callable[..., Any], context: Mapping[str, Any]) -> Response:
     state = state_of(raw.app)
-    given = _asked(request)
-    request.steering = None
-    if given is None and state.frontend.server_default() is None:
+    given = request.steering is not None or any(key in (request.vllm_xargs or ()) for key in (FIELD, KEY))
+    if not given and await state.frontend.default() is None:
         return await handler(request, raw)  # type: ignore[no-any-return]
-    if getattr(request, "use_beam_search", False):
-        raise InvalidRequest("steering does not work with beam search: vLLM runs it as requests of its own", FIELD)
-    data = {} if given is None else given
     with state.metrics.watching() as outcome:
-        ticket = await state.frontend.prepare(data, **context)
-        detail = data.get("report", "summary") if isinstance(data, dict) else "summary"
-        request.vllm_xargs = {**(request.vllm_xargs or {}), FIELD: ticket.key}
+        data = _asked(request)
+        with state.metrics.building.time():
+            ticket = await state.frontend.prepare({} if data is None else data, **context)
+        served = Served(state, ticket, data.get("report", "summary") if isinstance(data, dict) else "summary")
         try:
-            response = await handler(request, raw)
-            if response is None or response.status_code >= 400:  # refused by vLLM, or the client has gone
-                state.frontend.finish(ticket)
-                outcome("refused")
+            state.metrics.plans.set(state.frontend.resident)
+            if not _can_steer(request, ticket.plan):
+                response = await handler(request, raw)
+                outcome("steered")
                 return response  # type: ignore[no-any-return]
-            if isinstance(response, StreamingResponse):
-                response.body_iterator = _stream(response.body_iterator, state, ticket, detail, request)
-                return response
-            report = await _report(state, ticket, detail)
-        except BaseException:
-            state.frontend.finish(ticket)
-            raise
-        state.frontend.finish(ticket)
-        outcome("steered")
-    return _with_report(response, report)
+            request.vllm_xargs = {**(request.vllm_xargs or {}), FIELD: ticket.key}
+            response = await _call(handler, request, raw, ticket)
+            if response is None or response.status_code >= 400:
+                outcome("cancelled" if response is None else "refused" if response.status_code < 500 else "failed")
+            elif isinstance(response, StreamingResponse):
+                stream = await streams.steered(aiter(response.body_iterator), raw, served)
+                if stream is None:
+                    outcome("cancelled")
+                    return Response(status_code=499)  # read by nobody
+                response.body_iterator = stream
+            else:
+                _add(response, await served.report())
+                outcome("steered")
+        finally:
+            if not served.streaming:
+                state.frontend.finish(ticket)
+    return response  # type: ignore[no-any-return]
+
+
+async def _call(handler: Callable[..., Any], request: Any, raw: Request, ticket: Ticket) -> Any:
+    """vLLM's answer. What it says of a prompt that cannot be steered is put as we put it."""
+    try:
+        response = await handler(request, raw)
+    except Exception:
+        if ticket.refused is not None:
+            raise ticket.refused from None
+        raise
+    if ticket.refused is not None:
+        raise ticket.refused
+    return response
+
+
+def _can_steer(request: Any, plan: Plan) -> bool:
+    """False where nothing is asked for, of requests that cannot be steered: those that are asked are refused."""
+    if getattr(request, "use_beam_search", False):
+        reason = "steering does not work with beam search: vLLM runs it as requests of its own"
+    elif getattr(request, "background", False):
+        reason = "steering does not work with background responses"
+    else:
+        return True
+    if plan.steps or plan.probe_names:
+        raise InvalidRequest(reason, FIELD)
+    return False
 
 
 def _asked(request: Any) -> Any:
-    """The request's steering object, from the field or from ``vllm_xargs``; None when it asks for none."""
+    """Takes the steering object out of the request: its field, or the text in ``vllm_xargs``; None when it has none."""
+    data, request.steering = request.steering, None
     extra = request.vllm_xargs or {}
+    if KEY in extra:
+        raise InvalidRequest(f"{KEY} is set by the server alone", f"vllm_xargs.{KEY}")
     if FIELD not in extra:
-        return request.steering
-    if request.steering is not None:
-        raise InvalidRequest("steering is given twice, as a field and in vllm_xargs", f"vllm_xargs.{FIELD}")
+        return data
+    if data is not None:
+        raise InvalidRequest("steering is given twice, as a field and in vllm_xargs", XARGS)
     text = extra[FIELD]
     request.vllm_xargs = {k: v for k, v in extra.items() if k != FIELD}
     try:
         return json.loads(text)
-    except (TypeError, ValueError):
-        raise InvalidRequest("must be the steering object as a JSON string", f"vllm_xargs.{FIELD}") from None
+    except (TypeError, ValueError, RecursionError):
+        raise InvalidRequest("must be the steering object as a JSON string", XARGS) from None
 
 
-def _chat_context(request: Any, raw: Request) -> dict[str, Any]:
-    """What finding roles in the prompt needs: the messages, and the chat template that renders them."""
-    tokenizer = state_of(raw.app).frontend.tokenizer
-    options = dict(request.chat_template_kwargs or {})
-    if request.chat_template:
-        options["chat_template"] = request.chat_template
+def chat_context(request: Any, raw: Request) -> dict[str, Any]:
+    """What finding roles in the prompt needs: the messages, and the chat template as the server renders it.
 
-    def render(messages: Any) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=request.add_generation_prompt,
-                continue_final_message=request.continue_final_message,
-                **options,
-            )
-        )
+    The contract with vLLM: ``request.build_chat_params`` and the chat handler's ``chat_template`` and
+    ``default_chat_template_kwargs`` say what the template is called with; tools go with it unless the server leaves
+    them out.
+    """
+    handler = getattr(raw.app.state, "openai_serving_chat", None)
+    args = getattr(raw.app.state, "args", None)
+
+    def render(messages: Sequence[Any]) -> str:
+        params = request.build_chat_params(getattr(handler, "chat_template", None), "auto")
+        defaults = getattr(handler, "default_chat_template_kwargs", None)
+        options = {**(defaults or {}), **{k: v for k, v in params.chat_template_kwargs.items() if v is not None}}
+        if params.chat_template is not None:
+            options["chat_template"] = params.chat_template
+        if request.tools and not (
+            request.tool_choice == "none" and getattr(args, "exclude_tools_when_tool_choice_none", False)
+        ):
+            options["tools"] = [tool.model_dump() for tool in request.tools]
+        tokenizer = state_of(raw.app).frontend.tokenizer
+        return str(tokenizer.apply_chat_template(list(messages), **{**options, "tokenize": False}))
 
     return {"messages": request.messages, "render": render}
 
 
-async def _report(state: SteeringState, ticket: Ticket, detail: str) -> dict[str, Any]:
-    raw = await state.reports.fetch(ticket)
-    report = block(ticket, raw, detail)
-    state.metrics.observe(ticket.plan, report)
-    return {"plan": report["plan"]} if detail == "none" else report
-
-
-def _with_report(response: Response, report: dict[str, Any]) -> Response:
-    """The same JSON object with one more member; its other bytes are left as they are."""
-    body = bytes(response.body)
-    headers = {k: v for k, v in response.headers.items() if k not in ("content-length", "content-type")}
-    return Response(_spliced(body, report), response.status_code, headers, "application/json")
-
-
-def _spliced(body: bytes, report: dict[str, Any]) -> bytes:
-    return body.rstrip()[:-1] + b',"steering":' + json.dumps(report).encode() + b"}"
-
-
-async def _stream(
-    events: AsyncIterator[Any], state: SteeringState, ticket: Ticket, detail: str, request: Any
-) -> AsyncIterator[bytes]:
-    """The events, the last one with the report. Only events that may be the last are held back."""
-    held: bytes | None = None
-    done = False
-    try:
-        async for event in events:
-            data = event.encode() if isinstance(event, str) else bytes(event)
-            if data.startswith(b"data: [DONE]") or not data.strip():
-                done = True
-                if held is not None:
-                    yield await _last(held, state, ticket, detail)
-                    held = None
-                yield data
-                continue
-            if held is not None:
-                yield held
-                held = None
-            if b'"finish_reason":"' in data or b'"choices":[]' in data or b"event: response.completed" in data:
-                held = data
-            else:
-                yield data
-        if held is not None:
-            yield held if done else await _last(held, state, ticket, detail)
-    finally:
-        state.frontend.finish(ticket)
-
-
-async def _last(event: bytes, state: SteeringState, ticket: Ticket, detail: str) -> bytes:
-    """The stream's last event with the report, or with an error in its place when the edit was not made."""
-    try:
-        report = await _report(state, ticket, detail)
-    except SteeringError as error:
-        state.metrics.count("failed")
-        return b"data: " + json.dumps(error.body()).encode() + b"\n\n"
-    state.metrics.count("steered")
-    head, _, rest = event.partition(b"data: ")
-    return head + b"data: " + _spliced(rest, report) + b"\n\n"
+def _add(response: Response, report: Mapping[str, Any]) -> None:
+    """Adds a member to the response's JSON object; its other bytes are left as they are."""
+    response.body = spliced(bytes(response.body), report)
+    response.headers["content-length"] = str(len(response.body))
 
 
 def describe(schemas: dict[str, Any]) -> None:

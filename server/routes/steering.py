@@ -6,13 +6,16 @@ import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from steersman.server.access import admin
+from steersman.server.answers import Json
+from steersman.server.engine.prompts import RoleFinder, TextFinder
 from steersman.server.state import state_of
 from steersman.steering import spec
-from steersman.steering.errors import InvalidRequest
+from steersman.steering.assets import validation_error
+from steersman.steering.errors import InvalidRequest, SteeringError
 from steersman.steering.plan import Plan
 from steersman.steering.spec import OPS
 from steersman.steering.tokens import Prompt, Selection
@@ -27,60 +30,52 @@ class ResolveRequest(BaseModel):
 
     steering: Any = None
     messages: list[dict[str, Any]] | None = None
-    prompt: str | list[int] | None = None
+    prompt: str | list[spec.Index] | None = None
+
+
+_RESOLVE_BODY = {"requestBody": {"content": {"application/json": {"schema": ResolveRequest.model_json_schema()}}}}
 
 
 @router.get("/model")
 async def model(raw: Request) -> Response:
     """Layers, sites and widths that this server can steer, and the ops it knows."""
     frontend = state_of(raw.app).frontend
-    return JSONResponse({**frontend.model.to_json(), "ops": list(OPS), "limits": {
+    return Json({**frontend.model.to_json(), "ops": list(OPS), "limits": {
         "interventions": spec.MAX_INTERVENTIONS, "probes": spec.MAX_PROBES, "number": spec.MAX_NUMBER,
     }})  # fmt: skip
 
 
-@router.post("/resolve")
-async def resolve(request: ResolveRequest, raw: Request) -> Response:
+@router.post("/resolve", openapi_extra=_RESOLVE_BODY)
+async def resolve(raw: Request) -> Response:
     """The plan that a steering object means, and which tokens of a prompt it edits, without running it."""
-    frontend = state_of(raw.app).frontend
-    plan = await asyncio.to_thread(frontend.resolve, request.steering if request.steering is not None else {})
-    out = _describe(plan)
-    ids, finders = await asyncio.to_thread(_prompt, request, frontend)
-    if ids is not None:
-        paths = [f"{s.path}.tokens" for s in plan.steps]
-        selection = Selection.build(plan.selectors, Prompt(ids, *finders), paths)
-        out["prompt_tokens"] = len(ids)
-        out["first_edited"] = selection.first if selection.anything else None
-        for i, entry in enumerate(out["interventions"]):
-            entry["prompt_positions"] = _positions(selection, i)
-            entry["edits_generated"] = bool(selection.generated >> i & 1 or i in selection.rules)
-            if not entry["prompt_positions"] and not entry["edits_generated"]:
-                out["warnings"].append(f"{plan.steps[i].path}.tokens matches no token of this prompt")
-    return JSONResponse(out)
+    body = await _body(raw, "body")
+    try:
+        request = ResolveRequest.model_validate(body)
+    except ValidationError as error:
+        raise validation_error(error) from None
+    return Json(await asyncio.to_thread(_resolve, request, state_of(raw.app).frontend))
 
 
 @router.get("/default")
 async def get_default(raw: Request) -> Response:
     """The profile that applies to every request that does not opt out; null when there is none."""
-    default = state_of(raw.app).frontend.server_default()
-    return JSONResponse({"steering": None if default is None else default.model_dump(mode="json", exclude_unset=True)})
+    default = await asyncio.to_thread(state_of(raw.app).frontend.server_default)
+    return Json({"steering": None if default is None else default.model_dump(mode="json", exclude_unset=True)})
 
 
 @router.put("/default", dependencies=[Depends(admin)])
 async def put_default(raw: Request) -> Response:
-    """Sets the default profile: a steering object, for instance ``{"profile": "calm"}``."""
-    try:
-        body = await raw.json()
-    except ValueError:
-        raise InvalidRequest("the body must be a steering object", "steering") from None
-    frontend = state_of(raw.app).frontend
-    await asyncio.to_thread(frontend.set_default, body)
+    """Sets the default profile: a steering object, for instance ``{"profile": "calm"}``. It outlasts a restart."""
+    body = await _body(raw, "steering")
+    if body is None:
+        raise InvalidRequest("must be a steering object; DELETE leaves the server without a default", "steering")
+    await asyncio.to_thread(state_of(raw.app).frontend.set_default, body)
     return await get_default(raw)
 
 
 @router.delete("/default", dependencies=[Depends(admin)])
 async def delete_default(raw: Request) -> Response:
-    """Leaves the server without a default profile."""
+    """Leaves the server without a default profile, also when it was started with one."""
     await asyncio.to_thread(state_of(raw.app).frontend.set_default, None)
     return Response(status_code=204)
 
@@ -111,29 +106,66 @@ def _describe(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _prompt(request: ResolveRequest, frontend: Any) -> tuple[list[int] | None, tuple[Any, Any]]:
-    """The token ids of the given prompt, and finders of text and roles in it."""
-    from steersman.server.engine.prompts import RoleFinder, TextFinder
+async def _body(raw: Request, param: str) -> Any:
+    try:
+        return await raw.json()
+    except (ValueError, RecursionError):
+        raise InvalidRequest("the body is not JSON", param) from None
 
-    tokenizer = frontend.tokenizer
+
+def _resolve(request: ResolveRequest, frontend: Any) -> dict[str, Any]:
+    plan = frontend.resolve({} if request.steering is None else request.steering)
+    out = _describe(plan)
+    prompt = _prompt(request, frontend.tokenizer)
+    if prompt is not None:
+        paths = [f"{s.path}.tokens" for s in plan.steps]
+        try:
+            selection = Selection.build(plan.selectors, prompt, paths)
+        except SteeringError as error:
+            error.param = error.param or "steering"
+            raise
+        out["prompt_tokens"] = prompt.length
+        out["first_edited"] = selection.first if selection.anything else None
+        for i, entry in enumerate(out["interventions"]):
+            entry["prompt_positions"] = _positions(selection, i)
+            entry["edits_generated"] = bool(selection.generated >> i & 1 or i in selection.rules)
+            if not entry["prompt_positions"] and not entry["edits_generated"]:
+                out["warnings"].append(f"{plan.steps[i].path}.tokens matches no token of this prompt")
+    return out
+
+
+def _prompt(request: ResolveRequest, tokenizer: Any) -> Prompt | None:
+    """The given prompt with finders of text and roles in it; None when none is given."""
+    if request.messages is not None and request.prompt is not None:
+        raise InvalidRequest("give either messages or a prompt", "messages")
     if request.messages is None and request.prompt is None:
-        return None, (None, None)
+        return None
     if isinstance(request.prompt, list):
-        ids = request.prompt
-    elif tokenizer is None:
+        return Prompt(request.prompt, None if tokenizer is None else TextFinder(tokenizer, request.prompt))
+    if tokenizer is None:
         raise InvalidRequest("this server has no tokenizer; give token ids", "prompt")
-    elif request.prompt is not None:
+    if request.messages is None:
         ids = tokenizer.encode(request.prompt)
-    else:
-        ids = tokenizer.encode(_render(tokenizer, request.messages), add_special_tokens=False)
-    text = None if tokenizer is None else TextFinder(tokenizer, ids)
-    if text is None or request.messages is None:
-        return ids, (text, None)
-    return ids, (text, RoleFinder(text, request.messages, lambda m: _render(tokenizer, m)))
+        return Prompt(ids, TextFinder(tokenizer, ids))
+
+    def render(messages: Any) -> str:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+
+    messages = [_joined(message) for message in request.messages]
+    try:
+        ids = tokenizer.encode(render(messages), add_special_tokens=False)
+    except Exception as error:  # a template may raise anything
+        raise InvalidRequest(f"the chat template does not take these messages: {error}", "messages") from None
+    text = TextFinder(tokenizer, ids)
+    return Prompt(ids, text, RoleFinder(text, messages, render))
 
 
-def _render(tokenizer: Any, messages: Any) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+def _joined(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose parts are all text, as the engine gives it to templates that take a string."""
+    parts = message.get("content")
+    if isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+        return {**message, "content": "\n".join(p["text"] for p in parts)}
+    return message
 
 
 def _positions(selection: Selection, index: int) -> list[list[int]]:

@@ -44,7 +44,7 @@ _STRING, _ARRAY, _F32 = 8, 9, 0
 _MAX_ENTRIES: Final = 65536  # fields, tensors, or elements of one array
 
 
-def from_gguf(data: bytes, *, name: str | None = None, model: ModelRef | None = None, **fields: Any) -> Asset:
+def from_gguf(data: bytes, /, *, name: str | None = None, model: ModelRef | None = None, **fields: Any) -> Asset:
     """The file's vector. `model` is the served model, whose id a control-vector file does not state.
 
     `name`, `model` and further `fields` of the metadata (source, licence, ...) go before the file's own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,7 @@ class Asked:
     steering: Any = None
     new: int = 5
     label: str = ""
+    model: str | None = None  # None: the served one
 
 
 def together(server: Server, requests: Sequence[Asked], spacing: float = 0.03, **body: Any) -> list[Answer]:
@@ -96,7 +98,8 @@ def together(server: Server, requests: Sequence[Asked], spacing: float = 0.03, *
         with paused(server):
             waiting = []
             for r in requests:
-                waiting.append(pool.submit(ask, server, r.prompt, r.steering, r.new, **body))
+                own = {**body, "model": r.model or server.model}
+                waiting.append(pool.submit(ask, server, r.prompt, r.steering, r.new, **own))
                 time.sleep(spacing)
             time.sleep(0.5)
         return [future.result() for future in waiting]
@@ -171,3 +174,19 @@ def upload(server: Server, metadata: Mapping[str, Any], tensors: Mapping[str, Te
     }
     response = server.post("/v1/steering/assets", {**metadata, "tensors": packed})
     assert response.status_code == 201, response.text
+
+
+# -- what the server says of itself -----------------------------------------------------------------
+
+
+def metric(server: Server, name: str) -> float:
+    """The sum of a Prometheus metric over its labels."""
+    lines = [line for line in server.rpc_stats().splitlines() if line.startswith((f"{name}{{", f"{name} "))]
+    assert lines, f"no metric {name}"
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+def events(lines: Iterator[str]) -> list[dict[str, Any]]:
+    """The JSON events of a stream, without its end mark."""
+    data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    return [json.loads(d) for d in data if d != "[DONE]"]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from steersman.server.engine import layout
 from steersman.server.engine import runtime as module
 from steersman.server.engine.runtime import Runtime, Scheduled
 from steersman.steering.plan import Place, Plan
@@ -139,25 +140,24 @@ def test_a_plan_that_is_not_there_is_the_requests_error() -> None:
 
 
 def test_what_goes_wrong_in_an_edit_is_the_requests_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken, sound = plan("reads"), plan("norm")
-    real = module.edit
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of luck")
 
-    def fail(x: Tensor, program: Any, *rest: Any) -> Tensor:
-        if any(b.relative for b in program.blocks):
-            raise RuntimeError("out of luck")
-        return real(x, program, *rest)
-
-    monkeypatch.setattr(module, "edit", fail)
+    elsewhere = plan_of(add(0, 2))
     toy = Toy(Runtime())
-    for name, its_plan in (("broken", broken), ("also broken", broken), ("sound", sound)):
+    for name, its_plan in (("one", plan("reads")), ("another", plan("reads")), ("elsewhere", elsewhere)):
         toy.add(name, its_plan, PROMPT)
-    out = toy.run(*(Piece(name, 0, PROMPT) for name in ("broken", "sound", "also broken", "plain")))
+    real = layout.Work.apply
+
+    def breaks(work: layout.Work, *rest: Any) -> Any:
+        return fail() if any(g.resident.plan.id != elsewhere.id for g in work.groups) else real(work, *rest)
+
+    monkeypatch.setattr(layout.Work, "apply", breaks)
+    out = toy.run(*(Piece(name, 0, PROMPT) for name in ("one", "elsewhere", "another", "plain")))
     assert torch.equal(out["plain"], alone(None, PROMPT, P))
-    for name in ("broken", "also broken"):
-        assert report(toy.runtime, name)["error"] == "editing layer 1 resid_post failed: out of luck"
-    assert report(toy.runtime, "sound")["error"] is None
-    monkeypatch.undo()
-    assert torch.equal(out["sound"], alone(sound, PROMPT, P))
+    for name in ("one", "another"):
+        assert "resid_post failed: out of luck" in report(toy.runtime, name)["error"]
+    assert report(toy.runtime, "elsewhere")["error"] is None
 
 
 def test_an_activation_of_an_impossible_shape() -> None:
@@ -239,8 +239,8 @@ def test_an_old_layout_is_not_used_for_a_plan_that_was_loaded_again() -> None:
 
 def test_sizes_are_measured_first_and_then_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = module.edit
-    monkeypatch.setattr(module, "edit", lambda *a: (calls.append(1), real(*a))[1])
+    real = layout.Work.apply
+    monkeypatch.setattr(layout.Work, "apply", lambda *a: (calls.append(1) if a[4] else None, real(*a))[1])
     toy = Toy(Runtime())
     # One token for one intervention, none for another, a gate that never opens: none of them wants it for ever.
     toy.add("r", plan_of(add(0, 1), add(1, 2, tokens="last_prompt"), add(2, 2, tokens={"token_ids": [60]})), PROMPT)

@@ -1,0 +1,113 @@
+"""Which rows of a batch get which program at which place, and running them.
+
+A layout is made when the batch's composition changes and used for as long as it stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steersman.kernels.cpu import Table
+from steersman.kernels.program import Program
+from steersman.kernels.reference import Reduce, edit
+from steersman.server.engine.resident import Resident
+
+
+class Run(NamedTuple):
+    """Consecutive rows that the same interventions of one plan edit."""
+
+    resident: Resident
+    mask: int
+    first: int
+    end: int  # past the last one
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that get the same program at one place."""
+
+    resident: Resident
+    program: Program
+    rows: Tensor  # [n] int64
+
+
+@dataclass
+class Work:
+    """All that is done at one place."""
+
+    groups: list[Group] = field(default_factory=list)
+    _table: Table | None = None
+
+    @property
+    def gated(self) -> bool:
+        return any(g.program.gates for g in self.groups)
+
+    @property
+    def rows(self) -> int:
+        return sum(len(g.rows) for g in self.groups)
+
+    def slices(self) -> Iterator[tuple[Group, slice]]:
+        """Each group with its part of what is kept for the rows of all groups one after another."""
+        start = 0
+        for group in self.groups:
+            yield group, slice(start, start + len(group.rows))
+            start += len(group.rows)
+
+    def apply(
+        self, x: Tensor, residual: Tensor | None, gates: Tensor | None, measure: bool, reduce: Reduce | None
+    ) -> Tensor | None:
+        """Edits ``x`` [T, d] in place.
+
+        gates: [rows, n_gates] 0 or 1, needed when ``gated``.
+        reduce: adds up over tensor-parallel ranks, where x is one rank's shard.
+        Returns [rows, n_blocks] how large each block's edit was beside the stream, when ``measure``.
+        """
+        shape = (self.rows, max(len(g.program.blocks) for g in self.groups))
+        norms = torch.zeros(shape, device=x.device) if measure else None
+        squares = torch.zeros(self.rows, device=x.device) if measure else None
+        if reduce is None and x.is_cpu:
+            if self._table is None:
+                self._table = Table.build([(g.program, g.rows) for g in self.groups], x.shape[1])
+            self._table.apply(x, residual, gates, norms, squares)
+        else:
+            for group, mine in self.slices():
+                own_gates = None if gates is None else gates[mine].to(x.device)
+                _edit(
+                    x, residual, group, own_gates,
+                    None if norms is None else norms[mine, : len(group.program.blocks)],
+                    None if squares is None else squares[mine], reduce,
+                )  # fmt: skip
+        if norms is None or squares is None:
+            return None
+        return (norms / squares.sqrt().clamp_min(1e-30)[:, None]).cpu()
+
+
+def _edit(
+    x: Tensor,
+    residual: Tensor | None,
+    group: Group,
+    gates: Tensor | None,
+    norms: Tensor | None,
+    squares: Tensor | None,
+    reduce: Reduce | None,
+) -> None:
+    rows = group.rows.to(x.device)
+    own = x[rows].float()
+    stream = own if residual is None else own + residual[rows].float()
+    x[rows] = (own + edit(stream, group.program, gates, norms, reduce)).to(x.dtype)
+    if squares is not None:
+        square = (stream * stream).sum(-1)
+        squares.copy_(square if reduce is None else reduce(square))
+
+
+def group_rows(runs: Sequence[Run]) -> dict[tuple[Resident, int], Tensor]:
+    """[n] int64 rows for each plan and mask."""
+    ranges: dict[tuple[Resident, int], list[Tensor]] = {}
+    for resident, mask, a, b in runs:
+        ranges.setdefault((resident, mask), []).append(torch.arange(a, b))
+    return {key: torch.cat(parts) for key, parts in ranges.items()}
