@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -59,15 +61,20 @@ class Steersman:
         return found
 
     def asset(self, ref: str) -> dict[str, Any]:
-        return self._json("GET", f"/v1/steering/assets/{ref}")
+        """An asset's metadata and provenance."""
+        return self._json("GET", _path(ref))
+
+    def download(self, ref: str, format: str = "safetensors") -> bytes:
+        """The whole asset as ``safetensors``, ``gguf`` or ``json``."""
+        return self._request("GET", _path(ref), params={"format": format}).content
 
     def upload(self, file: Path, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Adds a safetensors or GGUF file with its metadata, or a JSON file that holds a whole asset."""
         if file.suffix == ".json":
+            if metadata is not None:
+                raise ValueError("a JSON file holds its own metadata")
             headers = {"content-type": "application/json"}
             return self._json("POST", "/v1/steering/assets", content=file.read_bytes(), headers=headers)
-        import json
-
         fields = {} if metadata is None else {"metadata": json.dumps(metadata)}
         return self._json("POST", "/v1/steering/assets", files={"file": file.read_bytes()}, data=fields)
 
@@ -76,8 +83,20 @@ class Steersman:
         return self._json("POST", "/v1/steering/assets", json=dict(asset))
 
     def delete(self, ref: str) -> list[str]:
-        removed: list[str] = self._json("DELETE", f"/v1/steering/assets/{ref}")["removed"]
+        removed: list[str] = self._json("DELETE", _path(ref))["removed"]
         return removed
+
+    def default(self) -> dict[str, Any] | None:
+        """The server's default profile, None when it has none."""
+        found: dict[str, Any] | None = self._json("GET", "/v1/steering/default")["steering"]
+        return found
+
+    def set_default(self, steering: Mapping[str, Any] | None) -> None:
+        """Sets the server's default profile; None leaves it without one."""
+        if steering is None:
+            self._request("DELETE", "/v1/steering/default")
+        else:
+            self._request("PUT", "/v1/steering/default", json=dict(steering))
 
     def resolve(self, steering: Mapping[str, Any], **prompt: Any) -> dict[str, Any]:
         """A dry run, for ``messages=[...]`` or ``prompt=...``."""
@@ -89,12 +108,20 @@ class Steersman:
         return self._json("POST", "/v1/chat/completions", json=asked)
 
     def _json(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
-        response = self._http.request(method, path, **kwargs)
-        if response.status_code >= 400:
-            try:
-                error = response.json()["error"]
-            except (ValueError, KeyError):
-                raise SteersmanError(response.status_code, response.text[:500]) from None
-            raise SteersmanError(response.status_code, error["message"], error.get("code"), error.get("param"))
-        found: dict[str, Any] = response.json() if response.content else {}
+        found: dict[str, Any] = self._request(method, path, **kwargs).json()
         return found
+
+    def _request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        response = self._http.request(method, path, **kwargs)
+        if response.status_code < 400:
+            return response
+        try:
+            error = response.json()["error"]
+            message = error["message"]
+        except (ValueError, KeyError, TypeError):  # not every answer is the server's own
+            raise SteersmanError(response.status_code, response.text[:500]) from None
+        raise SteersmanError(response.status_code, message, error.get("code"), error.get("param"))
+
+
+def _path(ref: str) -> str:
+    return f"/v1/steering/assets/{quote(ref, safe='@')}"

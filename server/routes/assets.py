@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 
 from steersman.server import inventory
 from steersman.server.access import admin

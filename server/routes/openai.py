@@ -8,12 +8,14 @@ returns a ``JSONResponse``, a ``StreamingResponse`` of server-sent events, or No
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
+from fastapi.routing import APIRoute
 from pydantic import Field
+from starlette.exceptions import HTTPException
 from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion import api_router as completion
@@ -47,7 +49,24 @@ class SteeredResponsesRequest(ResponsesRequest):  # type: ignore[misc]
     steering: Any = Field(None, description=_DESCRIPTION)
 
 
-router = APIRouter()
+class Route(APIRoute):
+    """A route whose bodies that Python's JSON reader cannot go down into are answered like other bad bodies."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except HTTPException as error:
+                if isinstance(error.__cause__, RecursionError):
+                    raise InvalidRequest("the body is nested too deeply", "body") from None
+                raise
+
+        return handle
+
+
+router = APIRouter(route_class=Route)
 _json = [Depends(validate_json_request)]
 
 

@@ -143,7 +143,7 @@ def test_what_goes_wrong_in_an_edit_is_the_requests_error(monkeypatch: pytest.Mo
     def fail(*_: Any) -> None:
         raise RuntimeError("out of luck")
 
-    elsewhere = plan_of(add(0, 2))
+    elsewhere = plan_of(add(0, 0))
     toy = Toy(Runtime())
     for name, its_plan in (("one", plan("reads")), ("another", plan("reads")), ("elsewhere", elsewhere)):
         toy.add(name, its_plan, PROMPT)
