@@ -29,6 +29,7 @@ from steersman.steering.sites import ModelInfo, Site
 from steersman.steering.spec import Inline, InlineVector, Layers, Vector
 
 MAX_INLINE_BYTES = 64 * 2**20
+MAX_RANK = 256  # of an inline subspace, whose basis is computed within the request
 M = TypeVar("M", VectorMeta, NeuronsMeta, AffineMeta, ProfileMeta)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -175,6 +176,8 @@ def _inline(given: InlineVector) -> Directions:
     count = int(np.prod(given.shape, dtype=object))
     if count == 0:
         raise InlineMalformed("the shape has a zero", "inline.shape")
+    if len(given.shape) == 3 and given.shape[1] > MAX_RANK:
+        raise InlineMalformed(f"an inline subspace has at most {MAX_RANK} directions", "inline.shape")
     if count * size > MAX_INLINE_BYTES:
         raise InlineMalformed(f"inline vectors hold at most {MAX_INLINE_BYTES >> 20} MiB", "inline.shape")
     try:

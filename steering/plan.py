@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -178,19 +178,6 @@ class Plan:
         return plan
 
 
-def merge(blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """``blocks`` with neighbouring plain adds collapsed into one row."""
-    out: list[Block] = []
-    for block in blocks:
-        if out and block.is_constant and out[-1].is_constant and _dense(block) and _dense(out[-1]):
-            previous = out.pop()
-            vector = _moved(previous) + _moved(block)
-            out.append(constant_block(previous.intervention, vector))
-        else:
-            out.append(block)
-    return tuple(out)
-
-
 def constant_block(intervention: int, vector: Tensor, **flags: Any) -> Block:
     """A block that adds ``vector`` [d]."""
     return linear_block(intervention, Rows(len(vector), dense=vector[None].float()), None, offset=1.0, **flags)
@@ -225,15 +212,6 @@ def linear_block(
         high=row(high),
         **flags,
     )
-
-
-def _dense(block: Block) -> bool:
-    return block.write.dense is not None
-
-
-def _moved(block: Block) -> Tensor:
-    """What a constant block adds, [d]."""
-    return torch.clamp(block.offset, block.low, block.high) @ block.write.to_dense()
 
 
 def _selector(tokens: Tokens) -> object:

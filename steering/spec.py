@@ -19,6 +19,7 @@ from steersman.steering.sites import Site
 
 MAX_INTERVENTIONS = 64
 MAX_PROBES = 64
+MAX_NEURONS = 16384  # of one inline list; a stored set may be larger
 MAX_NUMBER = 1e6
 """No coefficient may be larger: far beyond any use, and float32 sums stay finite."""
 
@@ -48,7 +49,9 @@ class Inline(Model):
 
 
 class InlineNeurons(Model):
-    inline: list[tuple[Index, Index]] = Field(min_length=1, description="[layer, index] pairs")
+    inline: list[tuple[Index, Index]] = Field(
+        min_length=1, max_length=MAX_NEURONS, description="[layer, index] pairs"
+    )
 
 
 def _layers(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Serve a model: vLLM's OpenAI server with steering. Every option of `vllm serve` works as it does there.
 
-On a CPU the model runs eagerly unless compilation is asked for (-O, --compilation-config or --no-enforce-eager):
-it starts a minute sooner, and a layer that is not steered costs nothing.
+The model runs eagerly unless compilation is asked for (-O, --compilation-config or --no-enforce-eager). On a CPU
+it starts a minute sooner so, and a layer that is not steered costs nothing. On a GPU, CUDA graphs would replay the edits of
+the batch that they were captured with, so a server that would use them refuses to start.
 """
 
 from __future__ import annotations
@@ -39,10 +40,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     except ValueError as error:
         raise SystemExit(f"steersman serve: {error}") from None
     os.environ["VLLM_PLUGINS"] = ",".join(plugins(os.environ.get("VLLM_PLUGINS")))
-    options = list(rest)
-    if _on_cpu():
-        options += cpu_defaults(options, os.environ)
-    _vllm_serve(["serve", *options])
+    _vllm_serve(["serve", *rest, *defaults(rest, os.environ, on_cpu=_on_cpu())])
     return 0
 
 
@@ -61,10 +59,10 @@ def plugins(named: str | None) -> list[str]:
     return list(dict.fromkeys([*names, "steersman"]))
 
 
-def cpu_defaults(options: Sequence[str], env: dict[str, str] | os._Environ[str]) -> list[str]:
-    """Options added on a CPU where the user has not said otherwise; may set the KV cache's size in ``env``."""
+def defaults(options: Sequence[str], env: dict[str, str] | os._Environ[str], *, on_cpu: bool) -> list[str]:
+    """Options added where the user has not said otherwise; on a CPU, may set the KV cache's size in ``env``."""
     names = [o.partition("=")[0].partition(".")[0].replace("_", "-") for o in options]
-    if "VLLM_CPU_KVCACHE_SPACE" not in env and not any(n in MEMORY for n in names):
+    if on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in env and not any(n in MEMORY for n in names):
         env["VLLM_CPU_KVCACHE_SPACE"] = "2"  # GiB; vLLM's own share of all memory may be more than is free
     compiles = any(n in COMPILING or n.startswith("-O") for n in names)
     return [] if compiles else ["--enforce-eager"]

@@ -200,8 +200,7 @@ class Frontend:
     def _check(self, answers: Sequence[Any], plan: Plan) -> None:
         for answer in answers:
             if "error" in answer:
-                failed = errors.CapacityExceeded if _full([answer]) else errors.EngineUnsteered
-                raise failed(answer["error"])
+                raise errors.codes().get(answer["code"], errors.EngineUnsteered)(answer["error"], "steering")
             if answer["plan"] != plan.id:
                 raise errors.EngineUnsteered("a worker read another plan than was sent")
         self.resident = max((answer.get("resident", 0) for answer in answers), default=0)

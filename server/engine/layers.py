@@ -20,6 +20,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -161,10 +162,9 @@ def _trace(layer: nn.Module, d_model: int) -> _Trace:
 
     def run(outputs: dict[str, Tensor], tuples: bool, batched: bool) -> tuple[_Stubs, Tensor]:
         stubs = _Stubs(layer, outputs, d_model, generator, tuples)
-        lift = (lambda t: t[None]) if batched else (lambda t: t)
         with stubs.installed():
             names = inspect.signature(type(layer).forward).parameters
-            given = {k: lift(v.clone()) for k, v in arguments.items() if k in names}
+            given = {k: v.clone()[None] if batched else v.clone() for k, v in arguments.items() if k in names}
             out = type(layer).forward(layer, **given)
         parts = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
         total = sum(t.reshape(TOKENS, d_model) for t in parts[: 2 if takes_residual else 1])
@@ -180,10 +180,8 @@ def _trace(layer: nn.Module, d_model: int) -> _Trace:
             error = failure
             continue
         stream = arguments["hidden_states"] + (arguments["residual"] if takes_residual else 0)
-        return _Trace(
-            stubs.calls, stubs.inputs, outputs, stream, out,
-            rerun=lambda o, t=tuples, b=batched: run(o, t, b)[1],  # type: ignore[misc]
-        )  # fmt: skip
+        again = partial(run, tuples=tuples, batched=batched)
+        return _Trace(stubs.calls, stubs.inputs, outputs, stream, out, lambda o: again(o)[1])
     assert error is not None
     raise error
 

@@ -12,11 +12,13 @@ from typing import Any
 
 from vllm.distributed import get_pp_group, get_tp_group, tensor_model_parallel_all_reduce
 
+from steersman.kernels import cpu_library
 from steersman.server.engine import hooks, runner_v1, runner_v2
 from steersman.server.engine.layers import decoder_layers
 from steersman.server.engine.runtime import Runtime
 from steersman.server.settings import Settings
-from steersman.steering.errors import SteeringError
+from steersman.steering.errors import SiteUnsupported, SteeringError
+from steersman.steering.plan import Plan
 from steersman.steering.sites import ModelInfo, Site
 
 logger = logging.getLogger(__name__)
@@ -38,13 +40,17 @@ class WorkerSteering:
             capacity=settings.plan_memory_mb * 2**20,
             limit=settings.max_plans,
         )
+        if worker.device.type == "cpu":
+            cpu_library.library(cpu_library.backend())  # compiled now, not in the first steered step
         widths: dict[Site, dict[int, int]] = {}
+        self.layers: frozenset[int] = frozenset()
         try:
             layers = decoder_layers(worker.model_runner.get_model(), self.n_layers)
         except LookupError as error:
             logger.error("nothing can be steered: %s", error)
         else:
             mine = [(i, m) for i, m in enumerate(layers) if any(True for _ in m.parameters())]
+            self.layers = frozenset(i for i, _ in mine)
             widths, shards = hooks.install(mine, self.d_model, self.runtime, settings.hooked_sites)
             self.runtime.shard(shards)
         runner = runner_v2 if worker.use_v2_model_runner else runner_v1
@@ -69,12 +75,21 @@ class WorkerSteering:
         plans = self.runtime.plans
         try:
             plans.release(release, holder)
+            self._refuse_far_gates(Plan.from_bytes(data))
             return {"plan": plans.add(data, holder), "resident": len(plans)}
         except SteeringError as error:
             return {"error": error.message, "code": error.code}
         except Exception as error:
             logger.exception("a plan could not be loaded")
             return {"error": str(error), "code": "engine_unsteered"}
+
+    def _refuse_far_gates(self, plan: Plan) -> None:
+        """A gate is read on the pipeline stage that has its layer, and the other stages do not hear of it."""
+        for step in plan.steps:
+            if step.gate >= 0 and self.layers.intersection(step.layers):
+                layer = plan.gates[step.gate].place.layer
+                if layer not in self.layers:
+                    raise SiteUnsupported(f"layer {layer} is on another pipeline stage than the edit that it gates")
 
     def reports(self, keys: list[str]) -> dict[str, Any]:
         """Raw reports by key. Ranks that hold another's shard say only what went wrong on them."""

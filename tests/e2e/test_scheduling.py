@@ -147,9 +147,12 @@ def test_preempted_requests(served: tuple[Server, Oracle], whole: bool) -> None:
 
 
 def test_sequences_with_seeds(served: tuple[Server, Oracle]) -> None:
-    """Each of n sequences is the one that its seed gives alone."""
+    """Each of n sequences is the one that its seed gives alone.
+
+    All three prompts fit into one step: vLLM 0.32 on the CPU dies of a seeded request whose prompt is cut up.
+    """
     server, oracle = served
-    prompt = prompt_of(40, 3)
+    prompt = prompt_of(CHUNK // 3, 3)
     steering = {"interventions": [{**ADD, "tokens": {"generated": True, "last": 1}}]}
     body = {"max_tokens": 9, "temperature": 1.0, **EVERY}
     together_ = server.complete(prompt, steering, n=3, seed=11, **body)
@@ -188,7 +191,7 @@ def leave_stream(server: Server, body: dict[str, Any]) -> None:
 def leave_response(server: Server, body: dict[str, Any]) -> None:
     """Does not wait for the answer."""
     with pytest.raises(httpx.ReadTimeout):
-        server.post("/v1/completions", body, timeout=0.4)
+        server.post("/v1/completions", body, timeout=0.3)
 
 
 @pytest.mark.parametrize("leave", [leave_stream, leave_response])
@@ -206,7 +209,7 @@ def test_clients_that_leave(
     beside.start()
     for i in range(2 * PLANS):
         body = {
-            "model": server.model, "prompt": prompt_of(20, 100 + i), "max_tokens": 200, "ignore_eos": True,
+            "model": server.model, "prompt": prompt_of(20, 100 + i), "max_tokens": 200, "n": 6, "ignore_eos": True,
             "steering": {"interventions": [{**ADD, "scale": 1.0 + i / 100}]},
         }  # fmt: skip
         leave(server, body)

@@ -141,10 +141,12 @@ def test_edited_tokens_are_those_of_the_response(served: tuple[Server, Oracle], 
     server, _ = served
     prompt, steering = [1, 40, 51, 62], {"interventions": [{**ADD, "tokens": "generated"}]}
     full = ask(server, prompt, steering, 40, whole=False)
-    at = next(i for i in range(5, 40) if full.new.count(full.new[i]) == 1)
-    ends: dict[str, Any] = {"length": {"max_tokens": at + 1}, "token": {"stop_token_ids": [full.new[at]]}}
-    ends["text"] = {
-        "stop": [server.post("/detokenize", {"model": server.model, "tokens": [full.new[at]]}).json()["prompt"]]
+    pieces = [detokenized(server, [token]) for token in full.new]
+    at = next(i for i in range(5, 40) if pieces[i].isalpha() and pieces[i] not in "".join(pieces[:i]))
+    ends: dict[str, dict[str, Any]] = {
+        "length": {"max_tokens": at + 1},
+        "token": {"stop_token_ids": [full.new[at]]},
+        "text": {"stop": [pieces[at]]},
     }
     body = {"max_tokens": 200, **ends[stop], **EVERY}
     if streams:
@@ -157,6 +159,10 @@ def test_edited_tokens_are_those_of_the_response(served: tuple[Server, Oracle], 
         new, report = answer.new, answer.body["steering"]
     assert new == full.new[: at + 1], f"{stop}: other tokens"
     assert report["interventions"][0]["tokens"] == at, f"{stop}: edited tokens"
+
+
+def detokenized(server: Server, tokens: list[int]) -> str:
+    return str(server.post("/detokenize", {"model": server.model, "tokens": tokens}).json()["prompt"])
 
 
 # -- chat -------------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from steersman.kernels.program import Block, Program, Rows
 from steersman.kernels.reference import edit
-from steersman.steering import lower
-from steersman.steering.plan import GateRead, Place, Plan, ProbeRead, Step, constant_block, linear_block, merge
+from steersman.steering.plan import GateRead, Place, Plan, ProbeRead, Step, constant_block, linear_block
 from steersman.steering.sites import Site
 from steersman.steering.spec import TokenSet
 from steersman.steering.tokens import Prompt, Selection
@@ -205,31 +204,7 @@ def test_every_process_gives_a_plan_the_same_id() -> None:
     assert ids == {everything().id}
 
 
-# -- merge ----------------------------------------------------------------------------------------------
-
-
-def test_neighbouring_plain_adds_become_one_row() -> None:
-    u, v, w = noise(3, D)
-    blocks = [
-        lower.add(0, u, 2.0, False),
-        lower.add(1, v, -1.0, False),
-        lower.ablate(2, w[None], 1.0),
-        lower.add(3, u, 1.0, False),
-    ]
-    merged = merge(blocks)
-    assert [b.intervention for b in merged] == [0, 2, 3]
-    x = noise(5, D, seed=1)
-    one, other = (edit(x, Program(tuple(b), D)) for b in (blocks, merged))
-    torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("flags", [{"preserve_norm": True}, {"gate": 0}])
-def test_adds_that_depend_on_the_token_stay_apart(flags: dict[str, Any]) -> None:
-    add = lower.add(0, noise(D), 1.0, False, **flags)
-    plain = lower.add(1, noise(D), 1.0, False)
-    assert len(merge([plain, add, plain])) == 3
-    assert len(merge([lower.add(0, noise(D), 1.0, True), plain])) == 2
-    assert merge([]) == ()
+# -- constant blocks -------------------------------------------------------------------------------------
 
 
 def test_a_constant_block_adds_its_vector() -> None:
