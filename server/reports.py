@@ -18,13 +18,13 @@ class Reports:
 
     def __init__(self, frontend: Frontend) -> None:
         self.frontend = frontend
-        self._waiting: dict[str, asyncio.Future[list[dict[str, Any]]]] = {}
+        self._waiting: dict[str, tuple[Ticket, asyncio.Future[list[dict[str, Any]]]]] = {}
         self._task: asyncio.Task[None] | None = None
 
     async def fetch(self, ticket: Ticket) -> list[dict[str, Any]]:
-        """The raw report of every sequence of the request."""
+        """The raw report of every sequence of the request, in the order of the response's choices."""
         future: asyncio.Future[list[dict[str, Any]]] = asyncio.get_running_loop().create_future()
-        self._waiting[str(ticket.key)] = future  # the transport takes no other type
+        self._waiting[str(ticket.key)] = ticket, future  # the transport takes no other type
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._drain())
         return await future
@@ -33,22 +33,23 @@ class Reports:
         while self._waiting:
             batch, self._waiting = self._waiting, {}
             try:
-                answers = await self.frontend.rpc("steersman_reports", list(batch))
+                asked = {key: {i: s.positions() for i, s in t.sequences.items()} for key, (t, _) in batch.items()}
+                answers = await self.frontend.rpc("steersman_reports", asked)
                 parts = [a for a in answers if a is not None]
-                joined = {key: _join([part.get(key, []) for part in parts]) for key in batch}
+                joined = {key: _join([part.get(key, []) for part in parts], t.order()) for key, (t, _) in batch.items()}
             except Exception as error:
                 failed = f"the engine's reports could not be read: {error or type(error).__name__}"
-                for future in batch.values():
+                for _, future in batch.values():
                     if not future.done():
                         future.set_exception(EngineUnsteered(failed, "steering"))
                 continue
-            for key, future in batch.items():
+            for key, (_, future) in batch.items():
                 if not future.done():
                     future.set_result(joined[key])
 
 
-def _join(parts: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Sequences of data-parallel engines side by side; pipeline stages of one sequence added up."""
+def _join(parts: Sequence[list[dict[str, Any]]], order: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Sequences of data-parallel engines side by side, in ``order``; pipeline stages of one sequence added up."""
     joined: dict[str, dict[str, Any]] = {}
     for part in parts:
         for report in part:
@@ -60,7 +61,8 @@ def _join(parts: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 known["gates"] = [
                     a if a is not None else b for a, b in zip_longest(known["gates"], report["gates"])
                 ]  # a stage that lacks the plan knows of no gates, and says so in its error
-    return list(joined.values())
+    ranks = {request: i for i, request in enumerate(order)}
+    return sorted(joined.values(), key=lambda report: ranks.get(report["request"], len(ranks)))
 
 
 def block(ticket: Ticket, raw: Sequence[dict[str, Any]], detail: str) -> dict[str, Any]:

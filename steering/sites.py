@@ -20,6 +20,8 @@ class Site(StrEnum):
     MLP_OUT = "mlp_out"  # what the MLP adds to the stream
     RESID_POST = "resid_post"  # the residual stream leaving the block
 
+    __hash__ = str.__hash__  # Enum's own is a Python function, and hooks look places up at every layer
+
 
 ORDER = {site: i for i, site in enumerate(Site)}
 

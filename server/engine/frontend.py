@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from steersman.server.engine.prompts import RoleFinder, TextFinder
 from steersman.server.settings import Settings
@@ -47,6 +47,14 @@ class _Pin:
     last_used: float = 0.0
 
 
+class Generated(NamedTuple):
+    """One sequence that is generated for a request."""
+
+    prompt: str  # names the prompt among those of the request
+    number: int  # among the sequences of that prompt
+    positions: Callable[[], int]  # how many tokens have been fed in for what the response says of it
+
+
 @dataclass
 class Ticket:
     """One HTTP request's steering, from its preparation until its response."""
@@ -59,6 +67,12 @@ class Ticket:
     tokenizer: Any = None
     render: Callable[[Sequence[Any]], str] | None = None
     refused: errors.SteeringError | None = None  # why a prompt of the request cannot be steered
+    sequences: dict[str, Generated] = field(default_factory=dict)  # by the engine's id
+
+    def order(self) -> list[str]:
+        """The sequences' ids in the order of the response's choices."""
+        prompts = {name: i for i, name in enumerate(dict.fromkeys(s.prompt for s in self.sequences.values()))}
+        return sorted(self.sequences, key=lambda i: (prompts[self.sequences[i].prompt], self.sequences[i].number))
 
     def text_finder(self, ids: Sequence[int]) -> Callable[[str], list[int]] | None:
         return TextFinder(self.tokenizer, ids) if self.tokenizer is not None else None

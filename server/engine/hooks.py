@@ -1,9 +1,8 @@
 """Wrapping a model's layers so that a :class:`~steersman.server.engine.runtime.Runtime` sees every site.
 
 ``forward`` of a decoder layer, and of the few children that make or read a site, is replaced on the
-instance, after the weights are loaded and before anything is traced. Eagerly run, a wrapper costs one
-attribute look-up where nothing is steered. Traced by torch.compile, it leaves one call of the custom op
-``steersman::edit`` per site, which writes into the activation and is opaque to the compiler.
+instance, after the weights are loaded and before anything is traced. Traced by torch.compile, a wrapper leaves one
+call of the custom op ``steersman::edit`` per site, which writes into the activation and is opaque to the compiler.
 
 The contract with vLLM and torch: modules call ``self.forward``, which may be set on an instance; the
 activation that a hook receives is not read again in its old form by anybody else.
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ _places: list[Place] = []
 @torch.library.custom_op("steersman::edit", mutates_args=("x",))
 def _edit_op(x: Tensor, residual: Tensor | None, index: int) -> None:
     """Edits ``x`` in place at the ``index``-th hooked place."""
-    if _runtime is not None and _runtime.wants(_places[index]):
+    if _runtime is not None and _runtime.live and _places[index] in _runtime.wanted:
         _runtime.apply(_places[index], x, residual)
 
 
@@ -40,31 +40,46 @@ def _(x: Tensor, residual: Tensor | None, index: int) -> None:
     return None
 
 
-class Touch:
-    """Calls the runtime at one place."""
+Touch = Callable[..., None]
+"""``touch(x, residual=None)``: lets the runtime edit one place."""
 
-    def __init__(self, runtime: Runtime, place: Place) -> None:
-        self.runtime = runtime
-        self.place = place
-        self.index = len(_places)
-        _places.append(place)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> None:
-        if torch.compiler.is_compiling():
-            torch.ops.steersman.edit(x, residual, self.index)
-        elif self.runtime.live and self.runtime.wants(self.place):
-            self.runtime.apply(self.place, x, residual)
+def eager_touch(runtime: Runtime, place: Place) -> Touch:
+    """For layers that Python runs: where nothing is steered it costs one look at a flag."""
+
+    def touch(x: Tensor, residual: Tensor | None = None) -> None:
+        if runtime.live and place in runtime.wanted:
+            runtime.apply(place, x, residual)
+
+    return touch
+
+
+def traced_touch(place: Place) -> Touch:
+    """For layers that torch.compile traces."""
+    index = len(_places)
+    _places.append(place)
+
+    def touch(x: Tensor, residual: Tensor | None = None) -> None:
+        torch.ops.steersman.edit(x, residual, index)
+
+    return touch
 
 
 def install(
-    layers: Iterable[tuple[int, nn.Module]], d_model: int, runtime: Runtime, sites: frozenset[Site] = frozenset(Site)
+    layers: Iterable[tuple[int, nn.Module]],
+    d_model: int,
+    runtime: Runtime,
+    sites: frozenset[Site] = frozenset(Site),
+    *,
+    traced: bool = False,
 ) -> tuple[dict[Site, dict[int, int]], dict[Place, Shard]]:
-    """Hooks the given (index, layer) pairs at ``sites``.
+    """Hooks the given (index, layer) pairs at ``sites``; ``traced``: torch.compile will trace them.
 
     Returns each site's width by layer, and the places of which this rank holds only a part.
     """
     global _runtime
     _runtime = runtime
+    make = traced_touch if traced else partial(eager_touch, runtime)
     widths: dict[Site, dict[int, int]] = {site: {} for site in Site}
     shards: dict[Place, Shard] = {}
     for index, layer in layers:
@@ -75,7 +90,7 @@ def install(
         for site, linear in ((Site.ATTN_Z, found.attn_z), (Site.MLP_POST, found.mlp_post)):
             if site in hooked and linear is not None and linear.stop - linear.start != linear.width:
                 shards[Place(index, site)] = Shard(linear.start, linear.stop, linear.width)
-        _hook_layer(layer, index, found, hooked, runtime)
+        _hook_layer(layer, found, {site: make(Place(index, site)) for site in hooked})
     return {site: w for site, w in widths.items() if w}, shards
 
 
@@ -95,9 +110,7 @@ def _widths(found: LayerSites, d_model: int) -> dict[Site, int]:
     return out
 
 
-def _hook_layer(layer: nn.Module, index: int, found: LayerSites, hooked: Mapping[Site, int], runtime: Runtime) -> None:
-    touch = {site: Touch(runtime, Place(index, site)) for site in hooked}
-
+def _hook_layer(layer: nn.Module, found: LayerSites, touch: Mapping[Site, Touch]) -> None:
     def linear(site: Site, at: Linear | None) -> None:
         if site in touch and at is not None:
             _before_first(at.module, touch[site])

@@ -4,7 +4,10 @@ The contract with vLLM: every way into the engine (the OpenAI routes, Anthropic'
 ``AsyncLLM.add_request`` or ``LLMEngine.add_request`` with ``SamplingParams`` whose ``extra_args`` hold
 ``vllm_xargs``, and these call ``InputProcessor.process_inputs``, whose ``EngineCoreRequest`` has the
 prompt's token ids, its images' places and a copy of the parameters of its own. ``collective_rpc`` of both engines
-reaches the workers. ``SamplingParams.skip_reading_prefix_cache`` makes a request compute its whole prompt.
+reaches the workers. ``SamplingParams.skip_reading_prefix_cache`` makes a request compute its whole prompt. Each
+sequence then goes through ``OutputProcessor.add_request(request, prompt, parent_req, request_index)`` under the id that
+the engine knows it by, and its entry in ``request_states`` counts the tokens of the response
+(``prompt_len``, ``detokenizer.num_output_tokens()``), which the engine may have run past.
 
 ``extra_args["steering"]`` is a steering object, that object as a JSON string, or a :class:`TicketKey`
 when an HTTP route has already prepared it: a type, so that nothing that a client writes can pass for one. For the same
@@ -21,15 +24,15 @@ import functools
 import inspect
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
 from vllm import exceptions
 
-from steersman.server.engine.frontend import Frontend, Ticket, TicketKey
-from steersman.server.engine.wire import KEY, make_args
+from steersman.server.engine.frontend import Frontend, Generated, Ticket, TicketKey
+from steersman.server.engine.wire import KEY, args_of, make_args
 from steersman.steering.errors import InvalidRequest, SteeringError
 from steersman.steering.tokens import Prompt, Selection
 
@@ -63,12 +66,14 @@ def patch() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.engine.output_processor import OutputProcessor
 
     if hasattr(InputProcessor.process_inputs, "__wrapped__"):
         return
     AsyncLLM.add_request = _wrap_async(AsyncLLM.add_request)
     LLMEngine.add_request = _wrap_sync(LLMEngine.add_request)
     InputProcessor.process_inputs = _wrap_process_inputs(InputProcessor.process_inputs)
+    OutputProcessor.add_request = _wrap_output(OutputProcessor.add_request)
 
 
 def _wrap_async(original: Any) -> Any:
@@ -141,6 +146,31 @@ def _wrap_process_inputs(original: Any) -> Any:
         return request
 
     return process_inputs
+
+
+def _wrap_output(original: Any) -> Any:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def add_request(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        request, parent = bound.arguments["request"], bound.arguments["parent_req"]
+        ours = args_of(request.sampling_params)
+        ticket = Frontend.current().tickets.get(ours["key"]) if ours else None
+        if ticket is not None:
+            name = (parent or request).request_id
+            fed = _counter(self.request_states[request.request_id])
+            ticket.sequences[request.request_id] = Generated(name, bound.arguments["request_index"], fed)
+
+    return add_request
+
+
+def _counter(state: Any) -> Callable[[], int]:
+    """Counts the tokens that a sequence's response needed: the last generated one is not fed in."""
+    length, detokenizer = state.prompt_len, state.detokenizer
+    return lambda: int(length + max(detokenizer.num_output_tokens() - 1, 0))
 
 
 def _ticket(given: Any) -> Ticket:

@@ -148,7 +148,7 @@ class _Trace:
     outputs: dict[str, Tensor]  # child -> the noise it returned
     stream_in: Tensor
     stream_out: Tensor
-    rerun: Callable[[dict[str, Tensor]], Tensor]  # child outputs -> stream_out
+    rerun: Callable[[dict[str, Tensor]], tuple[Any, Tensor]]  # child outputs -> stubs, stream_out
 
 
 def _trace(layer: nn.Module, d_model: int) -> _Trace:
@@ -181,7 +181,7 @@ def _trace(layer: nn.Module, d_model: int) -> _Trace:
             continue
         stream = arguments["hidden_states"] + (arguments["residual"] if takes_residual else 0)
         again = partial(run, tuples=tuples, batched=batched)
-        return _Trace(stubs.calls, stubs.inputs, outputs, stream, out, lambda o: again(o)[1])
+        return _Trace(stubs.calls, stubs.inputs, outputs, stream, out, again)
     assert error is not None
     raise error
 
@@ -239,7 +239,7 @@ def _adders(trace: _Trace, calls: list[str], majors: set[str]) -> dict[str, str]
     for name in calls:
         major = name if name in majors else major
         step = torch.randn_like(trace.outputs[name])
-        moved = trace.rerun({**trace.outputs, name: trace.outputs[name] + step}) - trace.stream_out
+        moved = trace.rerun({**trace.outputs, name: trace.outputs[name] + step})[1] - trace.stream_out
         alone = torch.allclose(trace.stream_out, trace.outputs[name], atol=1e-4)  # a norm of the whole stream
         if major is not None and not alone and torch.allclose(moved, step, atol=1e-4):
             found[major] = name

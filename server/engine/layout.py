@@ -5,15 +5,18 @@ A layout is made when the batch's composition changes and used for as long as it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steersman.kernels.cpu import Table
-from steersman.kernels.program import Program
+from steersman.kernels.program import Block, Program
 from steersman.kernels.reference import Reduce, edit
 from steersman.server.engine.resident import Resident
 
@@ -43,13 +46,30 @@ class Work:
     groups: list[Group] = field(default_factory=list)
     _table: Table | None = None
 
-    @property
+    @cached_property
     def gated(self) -> bool:
         return any(g.program.gates for g in self.groups)
 
-    @property
-    def rows(self) -> int:
-        return sum(len(g.rows) for g in self.groups)
+    @cached_property
+    def rows(self) -> NDArray[np.int64]:
+        """[n] the rows of all groups one after another."""
+        return np.concatenate([g.rows.numpy() for g in self.groups])
+
+    @cached_property
+    def interventions(self) -> NDArray[np.int64]:
+        """[n, max_blocks] the intervention of each row's blocks, -1 past its last one."""
+        return self._by_row(lambda block: block.intervention)
+
+    @cached_property
+    def gates(self) -> NDArray[np.int64]:
+        """[n, max_blocks] the gate of each row's blocks, -1 where there is none."""
+        return self._by_row(lambda block: block.gate)
+
+    def _by_row(self, value: Callable[[Block], int]) -> NDArray[np.int64]:
+        out = np.full((len(self.rows), max(len(g.program.blocks) for g in self.groups)), -1)
+        for group, mine in self.slices():
+            out[mine, : len(group.program.blocks)] = [value(block) for block in group.program.blocks]
+        return out
 
     def slices(self) -> Iterator[tuple[Group, slice]]:
         """Each group with its part of what is kept for the rows of all groups one after another."""
@@ -67,12 +87,14 @@ class Work:
         reduce: adds up over tensor-parallel ranks, where x is one rank's shard.
         Returns [rows, n_blocks] how large each block's edit was beside the stream, when ``measure``.
         """
-        shape = (self.rows, max(len(g.program.blocks) for g in self.groups))
-        norms = torch.zeros(shape, device=x.device) if measure else None
-        squares = torch.zeros(self.rows, device=x.device) if measure else None
-        if reduce is None and x.is_cpu:
-            if self._table is None:
-                self._table = Table.build([(g.program, g.rows) for g in self.groups], x.shape[1])
+        if reduce is None and x.is_cpu and self._table is None:
+            self._table = Table.build([(g.program, g.rows) for g in self.groups], x.shape[1])
+        if self._table is not None and not measure:
+            self._table.apply(x, residual, gates)
+            return None
+        norms = torch.zeros(self.interventions.shape, device=x.device) if measure else None
+        squares = torch.zeros(len(self.rows), device=x.device) if measure else None
+        if self._table is not None:
             self._table.apply(x, residual, gates, norms, squares)
         else:
             for group, mine in self.slices():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from steersman.steering.plan import GateRead, Place, Step
 from steersman.steering.tokens import Selection
 
 NOWHERE = 2**62
-ATTEMPTS = 4  # passes in which an intervention is measured; after that only now and then
-Values = np.ndarray[Any, np.dtype[np.float64]]
+KEPT_VALUES = 256  # of a probe at a layer that can still be taken back
+ATTEMPTS = 2  # passes in which an intervention is measured; after that only now and then
+Sums = np.ndarray[Any, np.dtype[np.float64]]
 Masks = np.ndarray[Any, np.dtype[np.uint64]]
 
 
@@ -92,6 +93,49 @@ class GateState:
 
 
 @dataclass
+class ProbeState:
+    """One probe's values at one layer: their sums up to a position, and the later ones, which may be taken back.
+
+    A position may be computed again, with the same value after a preemption and with another in place of a draft that
+    was rejected; and the engine may have run past the end of the response when that is asked about.
+    """
+
+    until: int = 0  # position up to which values are in the sums
+    recent: list[float] = field(default_factory=list)  # values of the positions from there on
+    count: int = 0
+    total: float = 0.0
+    low: float = float("inf")
+    high: float = float("-inf")
+    last: float = 0.0
+
+    def see(self, start: int, values: Sequence[float]) -> None:
+        """The values of the positions from ``start``."""
+        if start > self.until + len(self.recent):  # those between were in the prefix cache
+            self._fold(len(self.recent))
+            self.until = start
+        new = values[max(self.until - start, 0) :]
+        if new:
+            self.recent[max(start - self.until, 0) :] = new
+        if len(self.recent) > 2 * KEPT_VALUES:
+            self._fold(len(self.recent) - KEPT_VALUES)
+
+    def sums(self, end: int | None) -> list[float]:
+        """Number, sum, minimum, maximum and last value of the positions before ``end``."""
+        whole = replace(self, recent=self.recent[: None if end is None else max(end - self.until, 0)])
+        whole._fold(len(whole.recent))
+        return [whole.count, whole.total, whole.low, whole.high, whole.last]
+
+    def _fold(self, count: int) -> None:
+        """Moves the first ``count`` recent values into the sums."""
+        if chosen := self.recent[:count]:
+            self.count += len(chosen)
+            self.total += sum(chosen)
+            self.low, self.high, self.last = min(self.low, *chosen), max(self.high, *chosen), chosen[-1]
+        del self.recent[:count]
+        self.until += count
+
+
+@dataclass
 class RequestState:
     """One steered request, from its first scheduling until it is finished. Slots are not reused."""
 
@@ -100,32 +144,35 @@ class RequestState:
     key: str  # names the HTTP request in reports
     request_id: str = ""  # the engine's, one per generated sequence
     gates: list[GateState] = field(init=False)
-    relative: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # (intervention, layer): sum, count
+    relative: dict[tuple[int, ...], Sums] = field(default_factory=dict)  # layers -> sums of ‖Δx‖/‖x‖ at them
     unmeasured: int = field(init=False)  # mask of the interventions whose size is not known well enough yet
     done: array[int] = field(default_factory=lambda: array("Q"))  # by position: bit mask of what edited it
     reused: int = 0  # positions before it were in the prefix cache when the request began
-    probes: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # (probe, layer): n, sum, min, max, last
+    probes: dict[tuple[int, int], ProbeState] = field(default_factory=dict)  # by (probe, layer)
     error: str | None = None
 
     def __post_init__(self) -> None:
         plan = self.resident.plan if self.resident else None
         self.gates = [GateState(g) for g in plan.gates] if plan else []
         self.steps = plan.steps if plan else ()
+        self.constant = None if self.selection.rules else np.array([self.selection.generated], dtype=np.uint64)
         self.unmeasured = (1 << len(self.steps)) - 1
         self._attempts = [0] * len(self.steps)
         if plan is None:
             self.error = "the plan was not resident when the request reached the engine"
 
-    def measured(self, intervention: int, layer: int, values: Values) -> None:
-        """Adds ‖Δx‖/‖x‖ of the tokens that an intervention edited in one pass at one layer."""
-        entry = self.relative.setdefault((intervention, layer), [0.0, 0])
-        entry[0] += float(values.sum())
-        entry[1] += len(values)
+    def measured(self, layers: tuple[int, ...], sums: Sums) -> None:
+        """Adds what a pass measured: [layers, 2, interventions], sum and count of ‖Δx‖/‖x‖ over the edited tokens."""
+        known = self.relative.get(layers)
+        if known is None:
+            self.relative[layers] = sums.copy()
+        else:
+            known += sums
 
-    def attempted(self, masks: Masks) -> None:
-        """A pass was measured in which ``masks`` [n] select rows; closed gates and layers elsewhere count as well."""
+    def attempted(self, chosen: int) -> None:
+        """A pass was measured in which the mask ``chosen`` selects rows; closed gates count as well."""
         for i, count in enumerate(self._attempts):
-            if count < ATTEMPTS and (masks & np.uint64(1 << i)).any():
+            if count < ATTEMPTS and chosen >> i & 1:
                 self._attempts[i] += 1
                 if self._attempts[i] == ATTEMPTS:
                     self.unmeasured &= ~(1 << i)
@@ -135,6 +182,9 @@ class RequestState:
 
         What was noted of these positions and of later ones is forgotten: they are being computed again.
         """
+        if len(masks) == 1 and not self.gates and start == len(self.done):
+            self.done.append(int(masks[0]))
+            return
         masks, prompt = masks.copy(), self.selection.prompt_length
         for i, step in enumerate(self.steps):
             if step.gate >= 0:
@@ -167,23 +217,29 @@ class RequestState:
         return [int(np.count_nonzero(done & np.uint64(1 << i))) for i in range(len(self.steps))]
 
     def see_probe(self, probe: int, layer: int, start: int, values: Tensor) -> None:
-        """Values of the positions from ``start``; the statistics leave out those that an earlier pass has shown."""
-        new = values[max(len(self.done) - start, 0) :]
-        n, total, low, high, _ = self.probes.get((probe, layer), [0, 0.0, float("inf"), float("-inf"), 0.0])
-        if len(new):
-            low, high = min(low, float(new.min())), max(high, float(new.max()))
-        self.probes[probe, layer] = [n + len(new), total + float(new.sum()), low, high, float(values[-1])]
+        """Values of the positions from ``start``; each position counts once, with the value that was computed last."""
+        self.probes.setdefault((probe, layer), ProbeState()).see(start, values.tolist())
 
-    def report(self) -> dict[str, Any]:
-        """Raw sums, so that the parts of a model on several ranks can be added up."""
+    def report(self, end: int | None = None) -> dict[str, Any]:
+        """Raw sums, so that the parts of a model on several ranks can be added up.
+
+        ``end``: how many positions the response needed, where that is known; what was computed after them is left out.
+        """
+        reused = self.reused if end is None else min(self.reused, end)
         return {
             "request": self.request_id,
             "error": self.error,
-            "relative": [[i, layer, *sums] for (i, layer), sums in sorted(self.relative.items())],
-            "cached": self.edited(end=self.reused),
-            "edited": self.edited(start=self.reused),
+            "relative": [
+                [i, layer, float(total), int(count)]
+                for layers, sums in self.relative.items()
+                for layer, (totals, counts) in zip(layers, sums, strict=True)
+                for i, (total, count) in enumerate(zip(totals, counts, strict=True))
+                if count
+            ],
+            "cached": self.edited(end=reused),
+            "edited": self.edited(start=reused, end=end),
             "gates": [g.open for g in self.gates],
-            "probes": [[p, layer, *stats] for (p, layer), stats in sorted(self.probes.items())],
+            "probes": [[p, layer, *self.probes[p, layer].sums(end)] for p, layer in sorted(self.probes)],
         }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from steersman.kernels.program import Program
 from steersman.steering.errors import CapacityExceeded
@@ -36,6 +37,11 @@ class Resident:
     users: int = 0  # requests in flight
     holders: set[str] = field(default_factory=set)
     _programs: dict[int, dict[Place, Program]] = field(default_factory=dict)
+
+    @cached_property
+    def reads(self) -> frozenset[Place]:
+        """Places that its gates and probes read."""
+        return frozenset(g.place for g in self.plan.gates) | frozenset(p.place for p in self.plan.probes)
 
     def programs(self, mask: int) -> dict[Place, Program]:
         """The programs of the interventions in ``mask``, by place."""

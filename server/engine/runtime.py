@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from steersman.steering.tokens import Ints
 
 logger = logging.getLogger(__name__)
 
-MEASURE_EVERY = 16  # steps between measurements of how large the edits are
+MEASURE_EVERY = 32  # steps between measurements of how large the edits are
 KEPT_REPORTS = 4096
 
 
@@ -53,6 +53,7 @@ class Owner:
     count: int
     start: int
     masks: Masks  # [count] the interventions that select each row
+    chosen: int  # all of these together
     gates: list[Tensor]  # [count] each, the request's gates in this pass
 
     @property
@@ -74,13 +75,16 @@ class Runtime:
         self.shards: dict[Place, Shard] = {}
         self.plans = ResidentPlans(capacity, limit, self.shards)
         self.requests: dict[str, RequestState] = {}
-        self.finished: OrderedDict[str, list[dict[str, Any]]] = OrderedDict()
+        self.finished: OrderedDict[str, list[RequestState]] = OrderedDict()
         self._owners: list[Owner] = []
         self._layout: Layout = {}
         self._layout_key: object = None
         self._layouts: Layout = {}
-        self._reads: dict[Place, bool] = {}  # places that are read by gates or probes in this step
+        self._reads: frozenset[Place] = frozenset()  # places that are read by gates or probes in this step
+        self.wanted: Container[Place] = ()  # places that are edited or read in this step
+        self.live = False  # whether there are any
         self._measure = False
+        self._measured: list[tuple[Place, Work, Tensor, Tensor | None]] = []
         self._steps = 0
 
     def shard(self, shards: Mapping[Place, Shard]) -> None:
@@ -101,29 +105,37 @@ class Runtime:
         self.requests[request_id] = open_request(request_id, args, resident)
 
     def remove_request(self, request_id: str) -> None:
-        """A request has finished or was aborted; its report is kept until it is asked for."""
+        """A request has finished or was aborted; what its report needs is kept until it is asked for."""
         state = self.requests.pop(request_id, None)
         if state is None:
             return
         if state.resident is not None:
             state.resident.users -= 1
-        self.finished.setdefault(state.key, []).append(state.report())
+            state.resident = None  # the plan may go
+        self.finished.setdefault(state.key, []).append(state)
         while len(self.finished) > KEPT_REPORTS:
             self.finished.popitem(last=False)
 
-    def reports(self, keys: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
-        """The reports of the requests that each key names, finished or not; finished ones are given once."""
-        out = {key: self.finished.pop(key, []) for key in keys}
+    def reports(self, asked: Iterable[str] | Mapping[str, Mapping[str, int]]) -> dict[str, list[dict[str, Any]]]:
+        """The reports of the requests that each key names, finished or not; finished ones are given once.
+
+        A mapping says for each key how many positions of each request count.
+        """
+        ends = asked if isinstance(asked, Mapping) else dict[str, Mapping[str, int]]()
+        found = {key: self.finished.pop(key, []) for key in asked}
         for state in self.requests.values():
-            if state.key in out:
-                out[state.key].append(state.report())
-        return out
+            if state.key in found:
+                found[state.key].append(state)
+        return {
+            key: [state.report(ends.get(key, {}).get(state.request_id)) for state in states]
+            for key, states in found.items()
+        }
 
     # -- one forward pass -------------------------------------------------------------------------
 
     def begin(self, batch: Sequence[Scheduled], token_ids: Callable[[int, int], Ints]) -> None:
         """Lays out the coming pass. ``token_ids(row, count)`` reads what these rows are fed."""
-        self._owners, self._layout, self._reads = [], {}, {}
+        self._rest()
         if not self.requests:
             self._layout_key, self._layouts = None, {}
             return
@@ -137,39 +149,41 @@ class Runtime:
             except Exception as error:
                 _fail([state], f"laying out its tokens failed: {error}")
                 continue
-            key += [Run(state.resident, mask, entry.row + a, entry.row + b) for mask, a, b in _runs(owner.masks)]
+            if entry.n == 1 and owner.chosen:
+                key.append(Run(state.resident, owner.chosen, entry.row, entry.row + 1))
+            elif owner.chosen:
+                key += [Run(state.resident, mask, entry.row + a, entry.row + b) for mask, a, b in _runs(owner.masks)]
         if key != self._layout_key:
             self._layout_key = key
             self._layouts = self._lay_out(key)
         self._layout = self._layouts
-        self._reads = {p: True for o in self._owners if o.state.resident for p in _read_places(o.state.resident)}
+        self._reads = frozenset().union(*(o.state.resident.reads for o in self._owners if o.state.resident))
+        self.wanted = self._reads.union(self._layout) if self._reads else self._layout
+        self.live = bool(self.wanted)
         self._steps += 1
-        self._measure = self._steps % MEASURE_EVERY == 0 or any(
-            int(np.bitwise_or.reduce(o.masks)) & o.state.unmeasured for o in self._owners
-        )
+        self._measure = self._steps % MEASURE_EVERY == 0 or any(o.chosen & o.state.unmeasured for o in self._owners)
 
     def end(self) -> None:
         """The pass is over: what runs outside of one, such as a dummy batch, is not edited."""
+        if self._measured:
+            self._add_up()
         for owner in self._owners:
             owner.state.note_edits(owner.start, owner.masks, owner.gates)
             if self._measure:
-                owner.state.attempted(owner.masks)
-        self._owners = []
-        self._layout = {}
-        self._reads = {}
+                owner.state.attempted(owner.chosen)
+        self._rest()
 
-    @property
-    def live(self) -> bool:
-        """Whether this pass edits or reads anything."""
-        return bool(self._layout or self._reads)
-
-    def wants(self, place: Place) -> bool:
-        return place in self._layout or place in self._reads
+    def _rest(self) -> None:
+        self._owners, self._measured, self._layout = [], [], {}
+        self._reads = frozenset()
+        self.wanted, self.live = (), False
 
     def apply(self, place: Place, x: Tensor, residual: Tensor | None = None) -> None:
         """Edits ``x`` [.., d] in place; the stream is ``x + residual`` where a residual is given."""
         try:
-            self._apply(place, x.view(-1, x.shape[-1]), None if residual is None else residual.view(-1, x.shape[-1]))
+            if x.dim() != 2:
+                x, residual = _flat(x), None if residual is None else _flat(residual)
+            self._apply(place, x, residual)
         except Exception as error:
             _fail([o.state for o in self._owners], f"editing {_name(place)} failed: {error}")
 
@@ -178,12 +192,13 @@ class Runtime:
     def _own(self, state: RequestState, entry: Scheduled, token_ids: Callable[[int, int], Ints]) -> Owner:
         _, start, row, count = entry
         selection = state.selection
-        if start >= selection.prompt_length and not selection.rules:
-            masks = np.full(count, selection.generated, dtype=np.uint64)
+        if start >= selection.prompt_length and state.constant is not None:
+            masks, chosen = state.constant if count == 1 else state.constant.repeat(count), selection.generated
         else:
             masks = selection.masks(start, start + count, lambda: token_ids(row, count))
+            chosen = int(np.bitwise_or.reduce(masks))
         gates = [g.at_start(start, count, selection.prompt_length) for g in state.gates]
-        self._owners.append(Owner(state, row, count, start, masks, gates))
+        self._owners.append(Owner(state, row, count, start, masks, chosen, gates))
         return self._owners[-1]
 
     def _lay_out(self, key: Sequence[Run]) -> Layout:
@@ -211,7 +226,7 @@ class Runtime:
             try:
                 relative = work.apply(x, residual, gates, self._measure, reduce)
                 if relative is not None:
-                    self._measured(place, work, relative, gates)
+                    self._measured.append((place, work, relative, gates))
             except Exception as error:
                 edited = {id(g.resident) for g in work.groups}
                 states = [o.state for o in self._owners if id(o.state.resident) in edited]
@@ -230,22 +245,25 @@ class Runtime:
                 everyone[owner.rows, i] = values
         return everyone[torch.cat([g.rows for g in work.groups])]
 
-    def _measured(self, place: Place, work: Work, relative: Tensor, gates: Tensor | None) -> None:
-        """Adds up each intervention's ‖Δx‖/‖x‖ over the rows that it edited."""
-        sizes = relative.double().numpy()
-        for group, part in work.slices():
-            rows = group.rows.numpy()
-            for owner in self._owners:
-                if owner.state.resident is not group.resident:
-                    continue
-                mine = part.start + np.flatnonzero((rows >= owner.row) & (rows < owner.row + owner.count))
-                for j, block in enumerate(group.program.blocks):
-                    chosen = sizes[mine, j]
-                    if block.gate >= 0:
-                        assert gates is not None
-                        chosen = chosen[gates[mine, block.gate].numpy() > 0]
-                    if len(mine):
-                        owner.state.measured(block.intervention, place.layer, chosen)
+    def _add_up(self) -> None:
+        """Gives each request the sizes ‖Δx‖/‖x‖ of this pass: their sum and count by place and intervention."""
+        owners = self._owners
+        width = max(len(o.state.steps) for o in owners) + 1  # and one for what is not there
+        ends = np.array([o.row + o.count for o in owners])
+        sums = np.zeros((len(self._measured), 2, len(owners), width))
+        for at, (_, work, relative, gates) in zip(sums, self._measured, strict=True):
+            whose = np.searchsorted(ends, work.rows, side="right")  # index of each row's owner
+            cells = (whose[:, None] * width + work.interventions % width).ravel()
+            opened = np.ones(relative.shape)
+            if gates is not None:
+                gated = work.gates >= 0
+                opened[gated] = np.take_along_axis(gates.numpy(), work.gates.clip(0), 1)[gated] > 0
+            weights = (relative.numpy() * opened).ravel(), opened.ravel()
+            for total, weight in zip(at, weights, strict=True):
+                total += np.bincount(cells, weight, total.size).reshape(total.shape)
+        layers = tuple(place.layer for place, *_ in self._measured)
+        for i, owner in enumerate(owners):
+            owner.state.measured(layers, sums[:, :, i, : len(owner.state.steps)])
 
     def _read_gates(self, place: Place, x: Tensor, residual: Tensor | None) -> list[tuple[Owner, int, Tensor]]:
         """The gates that are read here, before this place's edits; they hold for later places only."""
@@ -294,6 +312,10 @@ def _fail(states: Iterable[RequestState], message: str) -> None:
         state.error = message
 
 
+def _flat(x: Tensor) -> Tensor:
+    return x.view(-1, x.shape[-1])
+
+
 def _name(place: Place) -> str:
     return f"layer {place.layer} {place.site.value}"
 
@@ -304,8 +326,3 @@ def _runs(masks: Masks) -> Iterable[tuple[int, int, int]]:
     for a, b in pairwise(edges):
         if mask := int(masks[a]):
             yield mask, a, b
-
-
-def _read_places(resident: Resident) -> Iterable[Place]:
-    plan = resident.plan
-    return [g.place for g in plan.gates] + [p.place for p in plan.probes]

@@ -1,8 +1,9 @@
 """What a worker process does for steering: hooks its model after loading, and answers the HTTP processes.
 
 The contract with vLLM: ``Worker.load_model`` ends with ``self.model_runner`` holding the loaded model
-(``get_model()``); methods of the worker class are reached by ``collective_rpc(name)``, which gives one
-answer per rank; ``Worker.vllm_config`` describes the model, ``use_v2_model_runner`` the runner.
+(``get_model()``), which torch.compile traces later where ``compilation_config.mode`` says so; methods of the worker
+class are reached by ``collective_rpc(name)``, which gives one answer per rank; ``Worker.vllm_config`` describes the
+model, ``use_v2_model_runner`` the runner.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from torch import Tensor
+from vllm.config import CompilationMode
 from vllm.distributed import get_pp_group, get_tp_group, tensor_model_parallel_all_reduce
 
 from steersman.kernels import cpu_library
@@ -36,7 +39,7 @@ class WorkerSteering:
         tp = get_tp_group()
         self.leads = tp.rank_in_group == 0
         self.runtime = Runtime(
-            reduce=tensor_model_parallel_all_reduce if tp.world_size > 1 else None,
+            reduce=_sum_over_ranks if tp.world_size > 1 else None,
             capacity=settings.plan_memory_mb * 2**20,
             limit=settings.max_plans,
         )
@@ -51,7 +54,8 @@ class WorkerSteering:
         else:
             mine = [(i, m) for i, m in enumerate(layers) if any(True for _ in m.parameters())]
             self.layers = frozenset(i for i, _ in mine)
-            widths, shards = hooks.install(mine, self.d_model, self.runtime, settings.hooked_sites)
+            traced = worker.vllm_config.compilation_config.mode != CompilationMode.NONE
+            widths, shards = hooks.install(mine, self.d_model, self.runtime, settings.hooked_sites, traced=traced)
             self.runtime.shard(shards)
         runner = runner_v2 if worker.use_v2_model_runner else runner_v1
         runner.attach(worker.model_runner, self.runtime)
@@ -91,9 +95,12 @@ class WorkerSteering:
                 if layer not in self.layers:
                     raise SiteUnsupported(f"layer {layer} is on another pipeline stage than the edit that it gates")
 
-    def reports(self, keys: list[str]) -> dict[str, Any]:
-        """Raw reports by key. Ranks that hold another's shard say only what went wrong on them."""
-        found = self.runtime.reports(keys)
+    def reports(self, asked: dict[str, dict[str, int]]) -> dict[str, Any]:
+        """Raw reports by key; ``asked`` says how many positions of each sequence count.
+
+        Ranks that hold another's shard say only what went wrong on them.
+        """
+        found = self.runtime.reports(asked)
         if self.leads:
             return found
         return {
@@ -103,6 +110,11 @@ class WorkerSteering:
 
     def stats(self) -> dict[str, Any]:
         return {"plans_resident": len(self.runtime.plans), "plan_bytes": self.runtime.plans.size}
+
+
+def _sum_over_ranks(partial: Tensor) -> Tensor:
+    """In float32, whatever it is: not every all-reduce of vLLM's knows float64."""
+    return tensor_model_parallel_all_reduce(partial.float()).to(partial.dtype)
 
 
 def _head_width(widths: dict[Site, dict[int, int]], heads: int) -> int:

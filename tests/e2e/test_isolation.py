@@ -153,9 +153,11 @@ def edits(site: str) -> list[dict[str, Any]]:
         {"op": "rotate", **where, "toward": f"{site}-other", "degrees": 70.0},
     ]
     if site == "attn_z":
-        found.append({"op": "heads", "site": site, "heads": [[2, 1], [3, 0]], "factor": 0.0})
+        found.insert(0, {"op": "heads", "site": site, "heads": [[2, 1], [3, 0]], "factor": 0.0})
     if site == "mlp_post":
-        found.append({"op": "neurons", "site": site, "neurons": {"inline": [[2, 3], [3, 17]]}, "value": 3.0})
+        found.insert(
+            0, {"op": "neurons", "site": site, "neurons": {"inline": [[2, 3], [3, 17]]}, "mode": "set", "value": 3.0}
+        )
     return found
 
 

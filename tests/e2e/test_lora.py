@@ -93,7 +93,7 @@ def test_units(served: tuple[Server, Oracle, Oracle]) -> None:
     steering: dict[str, Any] = {
         "interventions": [
             {"op": "heads", "heads": [[1, 0], [2, 3]], "factor": 0.0},
-            {"op": "neurons", "neurons": {"inline": [[1, 3], [2, 150]]}, "value": 3.0},
+            {"op": "neurons", "neurons": {"inline": [[1, 3], [2, 150]]}, "mode": "set", "value": 3.0},
         ]
     }
     answer = ask(server, PROMPT, steering, model="tuned")

@@ -65,7 +65,7 @@ def test_units_of_either_rank(served: tuple[Server, Oracle], unit: int) -> None:
     """Heads 0 and 1 and the first 80 neurons are the first rank's; an edit may touch either rank or both."""
     server, oracle = served
     heads = {"op": "heads", "heads": [[2, unit]], "factor": -1.0}
-    neurons = {"op": "neurons", "neurons": {"inline": [[1, 79 + unit], [2, 40 * unit]]}, "value": 3.0}
+    neurons = {"op": "neurons", "neurons": {"inline": [[1, 79 + unit], [2, 40 * unit]]}, "mode": "set", "value": 3.0}
     check(server, oracle, {"interventions": [heads]}, f"head {unit}")
     check(server, oracle, {"interventions": [neurons]}, f"neurons {neurons['neurons']}")
     both = [{**heads, "heads": [[2, unit], [2, 3 - unit]]}, {**neurons, "preserve_norm": True}]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from tests.steering.stock import stock
 
 
 class Workers:
-    """What a frontend's RPCs reach. ``reports`` makes a ticket's raw reports; ``fail`` is raised instead of answering."""
+    """What a frontend's RPCs reach. ``reports`` makes a ticket's raw reports; ``fail`` is raised and nothing done."""
 
     def __init__(self, ranks: int = 1) -> None:
         self.ranks = ranks
@@ -71,9 +74,19 @@ def raw_report(plan: Plan, **changes: Any) -> dict[str, Any]:
     }
 
 
+@cache
+def _stocked() -> tempfile.TemporaryDirectory[str]:
+    """A store made once, to be copied: writing one waits for the disk."""
+    folder = tempfile.TemporaryDirectory()
+    stock(Path(folder.name))
+    return folder
+
+
 def frontend(folder: Path, workers: Workers | None = None, tokenizer: Any = None, **settings: Any) -> Frontend:
     chosen = Settings(store=str(folder), **settings)
-    made = Frontend(chosen, MODEL, tokenizer, workers or Workers(), store=stock(folder))
+    if not any(folder.iterdir()):
+        shutil.copytree(_stocked().name, folder, dirs_exist_ok=True)
+    made = Frontend(chosen, MODEL, tokenizer, workers or Workers())
     made.behind_routes = True
     return made
 

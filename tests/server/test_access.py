@@ -36,9 +36,7 @@ KEY = "open sesame"
         {"X-Admin-Key": "wrong", "Authorization": f"Bearer {KEY}"},
     ],
 )
-def test_changes_need_the_key(
-    tmp_path: Path, method: str, path: str, body: object, headers: dict[str, str]
-) -> None:
+def test_changes_need_the_key(tmp_path: Path, method: str, path: str, body: object, headers: dict[str, str]) -> None:
     made = frontend(tmp_path, admin_key=KEY)
     before = [info.ref for info in made.store.list()]
     answer = client(made).request(method, path, json=body, headers=headers)

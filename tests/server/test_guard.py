@@ -81,7 +81,9 @@ def test_a_root_path_is_not_part_of_the_route() -> None:
         '{"steering": {}}'.encode("utf-32"),
     ],
 )
-@pytest.mark.parametrize("path", ["/v1/messages", "/tokenize", "/v1/chat/completions/batch", "/v1/embeddings", "/acting"])
+@pytest.mark.parametrize(
+    "path", ["/v1/messages", "/tokenize", "/v1/chat/completions/batch", "/v1/embeddings", "/acting"]
+)
 def test_other_routes_refuse_steering(path: str, body: bytes) -> None:
     status, answer, _, seen = ask(path, [body])
     assert (status, seen) == (400, [])

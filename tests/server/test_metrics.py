@@ -63,7 +63,9 @@ def test_edited_tokens_are_counted_by_name_without_the_version(registry: Collect
 
 
 def test_an_edit_without_an_asset_is_counted_too(registry: CollectorRegistry, metrics: Metrics) -> None:
-    plan = plan_of({"op": "heads", "heads": [[1, 0]], "factor": 0}, {"op": "add", "vector": inline(noise(8)), "layers": 1})
+    plan = plan_of(
+        {"op": "heads", "heads": [[1, 0]], "factor": 0}, {"op": "add", "vector": inline(noise(8)), "layers": 1}
+    )
     metrics.observe(plan, {"interventions": [{"tokens": raw_report(plan)["edited"][0]}, {"tokens": 4}]})
     assert registry.get_sample_value("steersman_edited_tokens_total", {"asset": "none"}) == 3
     assert registry.get_sample_value("steersman_edited_tokens_total", {"asset": "inline"}) == 4

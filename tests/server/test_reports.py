@@ -63,13 +63,19 @@ def test_numbers_that_json_has_not_are_null() -> None:
 
 def test_what_was_never_measured_is_null() -> None:
     plan = plan_of(ADD)
-    assert block(ticket(plan), [raw_report(plan, relative=[])], "summary")["interventions"][0]["mean_relative_norm"] is None
+    assert (
+        block(ticket(plan), [raw_report(plan, relative=[])], "summary")["interventions"][0]["mean_relative_norm"]
+        is None
+    )
 
 
 def test_gates_say_what_they_decided() -> None:
     plan = plan_of({**ADD, "when": GATE})
     raw = [raw_report(plan, gates=[True], request="a"), raw_report(plan, gates=[False], request="b")]
-    assert block(ticket(plan), raw, "summary")["interventions"][0]["gate"] == {"over": "prompt_mean", "open": [True, False]}
+    assert block(ticket(plan), raw, "summary")["interventions"][0]["gate"] == {
+        "over": "prompt_mean",
+        "open": [True, False],
+    }
 
 
 @pytest.mark.parametrize("raw", [[], None])
@@ -89,7 +95,9 @@ def test_an_error_on_any_sequence_is_the_requests() -> None:
 def test_a_selector_that_matches_nothing_is_a_warning() -> None:
     plan = plan_of({**ADD, "tokens": {"token_ids": [99]}}, {**ADD, "tokens": {"ranges": [[2, 2]]}})
     found = block(ticket(plan), [raw_report(plan)], "summary")
-    assert found["warnings"] == ["steering.interventions[1].tokens matches no token of this request, so nothing was edited"]
+    assert found["warnings"] == [
+        "steering.interventions[1].tokens matches no token of this request, so nothing was edited"
+    ]
 
 
 def test_one_prompt_of_several_without_a_match_is_a_warning() -> None:

@@ -245,7 +245,7 @@ def test_sizes_are_measured_first_and_then_now_and_then(monkeypatch: pytest.Monk
     # One token for one intervention, none for another, a gate that never opens: none of them wants it for ever.
     toy.add("r", plan_of(add(0, 1), add(1, 2, tokens="last_prompt"), add(2, 2, tokens={"token_ids": [60]})), PROMPT)
     toy.complete("r", [*PROMPT, *[5] * 64], P)
-    assert 4 <= len(calls) <= 16
+    assert 2 <= len(calls) <= 8
     assert [i for i, *_ in report(toy.runtime, "r")["relative"]] == [0, 1]
 
 
@@ -257,8 +257,8 @@ def test_nothing_is_live_outside_of_a_pass_or_without_steering() -> None:
     assert not runtime.live
     runtime.begin([Scheduled("r", 0, 0, P)], lambda *_: torch.tensor(PROMPT).numpy())
     assert runtime.live
-    assert runtime.wants(Place(0, POST))
-    assert not runtime.wants(Place(0, Site.RESID_MID))
+    assert Place(0, POST) in runtime.wanted
+    assert Place(0, Site.RESID_MID) not in runtime.wanted
     runtime.end()
     assert not runtime.live
     x = torch.randn(P, D)

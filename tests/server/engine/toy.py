@@ -79,7 +79,7 @@ class Toy:
         if self.split:
             residual = (stream * 0.5).to(self.dtype)
             x = stream - residual
-        if self.runtime.live and self.runtime.wants(place):
+        if self.runtime.live and place in self.runtime.wanted:
             self.runtime.apply(place, x, residual)
         return x if residual is None else x + residual
 
