@@ -76,8 +76,9 @@ format: install ## let ruff rewrite what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: install ## measure: make bench ARGS="..."
-	$(PY) -m benchmarks $(ARGS)
+bench: install ## measure: the CPU kernel, then the server against stock vLLM (ARGS="--pairs 5")
+	$(PY) -m benchmarks.cpu_kernel
+	$(PY) -m benchmarks.serving $(ARGS)
 
 clean: ## remove what was built; .venv and downloaded models stay
 	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache/lock

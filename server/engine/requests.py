@@ -220,6 +220,15 @@ class RequestState:
         """Values of the positions from ``start``; each position counts once, with the value that was computed last."""
         self.probes.setdefault((probe, layer), ProbeState()).see(start, values.tolist())
 
+    def _sizes(self) -> list[list[Any]]:
+        """[intervention, layer, sum, count] of ‖Δx‖/‖x‖, where anything was measured."""
+        found: dict[tuple[int, int], Sums] = {}
+        for layers, sums in self.relative.items():
+            for layer, both in zip(layers, sums, strict=True):
+                for i in np.flatnonzero(both[1]):
+                    found[i, layer] = found.get((i, layer), 0.0) + both[:, i]
+        return [[int(i), layer, float(total), int(count)] for (i, layer), (total, count) in sorted(found.items())]
+
     def report(self, end: int | None = None) -> dict[str, Any]:
         """Raw sums, so that the parts of a model on several ranks can be added up.
 
@@ -229,13 +238,7 @@ class RequestState:
         return {
             "request": self.request_id,
             "error": self.error,
-            "relative": [
-                [i, layer, float(total), int(count)]
-                for layers, sums in self.relative.items()
-                for layer, (totals, counts) in zip(layers, sums, strict=True)
-                for i, (total, count) in enumerate(zip(totals, counts, strict=True))
-                if count
-            ],
+            "relative": self._sizes(),
             "cached": self.edited(end=reused),
             "edited": self.edited(start=reused, end=end),
             "gates": [g.open for g in self.gates],
