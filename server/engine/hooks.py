@@ -28,16 +28,21 @@ _runtime: Runtime | None = None
 _places: list[Place] = []
 
 
-@torch.library.custom_op("steersman::edit", mutates_args=("x",))
-def _edit_op(x: Tensor, residual: Tensor | None, index: int) -> None:
+def _edit(x: Tensor, residual: Tensor | None, index: int) -> None:
     """Edits ``x`` in place at the ``index``-th hooked place."""
     if _runtime is not None and _runtime.live and _places[index] in _runtime.wanted:
         _runtime.apply(_places[index], x, residual)
 
 
-@_edit_op.register_fake
-def _(x: Tensor, residual: Tensor | None, index: int) -> None:
+def _fake(x: Tensor, residual: Tensor | None, index: int) -> None:
     return None
+
+
+# Not torch.library.custom_op, whose Python costs several times what an unsteered place may.
+_library = torch.library.Library("steersman", "FRAGMENT")
+_library.define("edit(Tensor(a!) x, Tensor? residual, int index) -> ()")
+_library.impl("edit", _edit, dispatch_key="CompositeExplicitAutograd")
+_library._register_fake("edit", _fake)
 
 
 Touch = Callable[..., None]

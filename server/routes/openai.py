@@ -113,18 +113,16 @@ async def _serve(request: Any, raw: Request, handler: Callable[..., Any], contex
             if response is None or response.status_code >= 400:
                 outcome("cancelled" if response is None else "refused" if response.status_code < 500 else "failed")
             elif isinstance(response, StreamingResponse):
-                stream = await streams.steered(aiter(response.body_iterator), raw, served)
-                if stream is None:
+                response = await streams.steered(response, raw, served)
+                if response is None:
                     outcome("cancelled")
-                    return Response(status_code=499)  # read by nobody
-                response.body_iterator = stream
             else:
                 _add(response, await served.report())
                 outcome("steered")
         finally:
             if not served.streaming:
                 state.frontend.finish(ticket)
-    return response  # type: ignore[no-any-return]
+    return response  # type: ignore[no-any-return]  # None, as vLLM's handlers do it, is read by nobody
 
 
 async def _call(handler: Callable[..., Any], request: Any, raw: Request, ticket: Ticket) -> Any:
@@ -208,8 +206,9 @@ def describe(schemas: dict[str, Any]) -> None:
 
     The request models leave the object unparsed, so that its errors are ours and name the field.
     """
-    whole = Steering.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas.update({**whole.pop("$defs", {}), "Steering": whole})
+    whole = Steering.model_json_schema(ref_template="#/components/schemas/Steering{model}")
+    parts = {f"Steering{name}": part for name, part in whole.pop("$defs", {}).items()}
+    schemas.update({**parts, "Steering": whole})
     for model in (SteeredChatRequest, SteeredCompletionRequest, SteeredResponsesRequest):
         if model.__name__ in schemas:
             field = schemas[model.__name__]["properties"]["steering"]

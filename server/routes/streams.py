@@ -14,6 +14,8 @@ from contextlib import suppress
 from typing import Any
 
 from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.utils.api_utils import listen_for_disconnect
 
 from steersman.server.answers import dumps
@@ -23,19 +25,34 @@ from steersman.steering.errors import EngineUnsteered, SteeringError
 LAST = (b'"finish_reason":"', b'"choices":[]', b"event: response.completed")  # quotes in texts are escaped
 
 
-async def steered(events: AsyncIterator[Any], raw: Request, served: Served) -> AsyncIterator[bytes] | None:
+class SteeredStream(StreamingResponse):
+    """Closes its events when it ends, however it ends: a client may go away while one is being sent."""
+
+    def __init__(self, like: StreamingResponse, first: Iterable[bytes], events: AsyncGenerator[bytes]) -> None:
+        super().__init__(_after(first, events), like.status_code, background=like.background)
+        self.raw_headers = like.raw_headers
+        self.events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.events.aclose()
+
+
+async def steered(response: StreamingResponse, raw: Request, served: Served) -> SteeredStream | None:
     """The stream, which frees the ticket however it ends. None if the client has gone; raises what lets it not start.
 
     It is begun here, so that a prompt that cannot be steered is still answered by a status. What has been begun is
     closed even if nobody goes on with it, unlike a generator that never ran.
     """
-    stream = _stream(events, served)
+    stream = _stream(aiter(response.body_iterator), served)
     first = asyncio.ensure_future(_first(stream, served))
     gone = asyncio.ensure_future(listen_for_disconnect(raw))
     try:
         await asyncio.wait((first, gone), return_when=asyncio.FIRST_COMPLETED)
         if first.done() and served.ticket.refused is None:
-            begun = _after(await first, stream)
+            begun = SteeredStream(response, await first, stream)
             served.streaming = True
             return begun
         await _end(first, stream, served)

@@ -167,13 +167,23 @@ def test_sequences_with_seeds(served: tuple[Server, Oracle]) -> None:
 
 
 def test_prompts_of_one_request(served: tuple[Server, Oracle]) -> None:
+    """What is reported of each is in the order of the prompts, of which the first takes longest."""
     server, oracle = served
-    prompts = [prompt_of(length, 4) for length in (5, 16, 40)]
-    steering = {"interventions": [{**ADD, "tokens": {"positions": [-2]}}]}
-    body = server.complete(prompts, steering, max_tokens=4, **EVERY)
-    for i, prompt in enumerate(prompts):
-        agree(read(prompt, body, i), oracle, steering, f"prompt {i}")
-    assert body["steering"]["interventions"][0]["tokens"] == 3
+    prompts = [prompt_of(length, 4) for length in (60, 5, 16)]
+    v = oracle.assets["resid_post"].layers[0]
+    where = [(0, "resid_post")]
+    seen = [float(oracle.capture(p, where, prompt_len=len(p))[where[0]][-1] @ v / v.norm()) for p in prompts]
+    above = sum(sorted(seen)[:2]) / 2
+    when = {"vector": "resid_post", "layer": 0, "measure": "projection", "above": above, "over": "last_prompt"}
+    for order in ([0, 1, 2], [2, 0, 1]):
+        chosen = [prompts[i] for i in order]
+        steering = {"interventions": [{**ADD, "tokens": {"positions": [-2]}}, {**ADD, "when": when}]}
+        body = server.complete(chosen, steering, max_tokens=4, **EVERY)
+        for i, prompt in enumerate(chosen):
+            agree(read(prompt, body, i), oracle, steering, f"prompt {i} of {order}")
+        first, second = body["steering"]["interventions"]
+        assert first["tokens"] == 3
+        assert second["gate"]["open"] == [seen[i] > above for i in order], f"decisions on the prompts {order}"
 
 
 # -- clients that go away ---------------------------------------------------------------------------

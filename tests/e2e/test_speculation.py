@@ -77,6 +77,26 @@ def test_gates(served: tuple[Server, Oracle], over: str) -> None:
         check(oracle, ask(server, PROMPT, steering, NEW), steering, f"{over} above {above}")
 
 
+def test_probes(served: tuple[Server, Oracle]) -> None:
+    """Each position counts once, with the token that was accepted there."""
+    server, oracle = served
+    steering = {"interventions": [{**ADD, "tokens": "generated"}], "probes": [{"vector": "resid_post", "layers": [2]}]}
+    answer = ask(server, PROMPT, steering, NEW)
+    check(oracle, answer, steering, "with a probe")
+    v = oracle.assets["resid_post"].layers[2]
+    stream = oracle.capture(answer.ids[:-1], [(2, "resid_post")], steering, LENGTH)[2, "resid_post"]
+    values = stream @ (v / v.norm())
+    wanted = {
+        "tokens": len(values),
+        "mean": values.mean(),
+        "min": values.min(),
+        "max": values.max(),
+        "last": values[-1],
+    }
+    found = answer.body["steering"]["probes"][0]["layers"]["2"]
+    assert found == pytest.approx({k: float(x) for k, x in wanted.items()}, abs=1e-3)
+
+
 def test_together(served: tuple[Server, Oracle]) -> None:
     server, oracle = served
     batch = [

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from steersman.server.engine.frontend import Frontend, Ticket, TicketKey, _Pin
+from steersman.server.engine.frontend import Frontend, Generated, Ticket, TicketKey, _Pin
 from steersman.server.reports import Reports, _join, block
 from steersman.steering.errors import EngineUnsteered
 from steersman.steering.plan import Plan
@@ -175,6 +175,25 @@ def test_requests_that_wait_share_one_call(tmp_path: Path) -> None:
     found, calls = asyncio.run(run())
     assert found == [str(i) for i in range(9)]
     assert calls == 1
+
+
+def test_sequences_are_in_the_order_of_the_choices(made: Frontend, workers: Workers) -> None:
+    """Whichever ended first; and the workers are told how long each is."""
+    plan = plan_of({**ADD, "when": GATE})
+    asked: list[Any] = []
+
+    async def rpc(method: str, what: dict[str, Any]) -> list[Any]:
+        asked.append(what)
+        return [{"k": [raw_report(plan, gates=[i == "0_b"], request=i) for i in ("1_b", "0_b", "1_a", "0_a")]}]
+
+    made._rpc = rpc
+    of = ticket(plan)
+    for i in ("0_a", "0_b", "1_a", "1_b"):  # two prompts, two sequences of each
+        of.sequences[i] = Generated(i[2:], int(i[0]), lambda: 7)
+    found = asyncio.run(Reports(made).fetch(of))
+    assert [r["request"] for r in found] == ["0_a", "1_a", "0_b", "1_b"]
+    assert block(of, found, "summary")["interventions"][0]["gate"]["open"] == [False, False, True, False]
+    assert asked == [{"k": dict.fromkeys(of.sequences, 7)}]
 
 
 def test_a_failed_call_fails_those_that_wait_and_no_later_one(made: Frontend, workers: Workers) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steersman.server.engine.requests import ATTEMPTS, GateState, RequestState, open_request
+from steersman.server.engine.requests import ATTEMPTS, KEPT_VALUES, GateState, ProbeState, RequestState, open_request
 from steersman.server.engine.resident import Resident
 from steersman.server.engine.runtime import Runtime
 from steersman.server.engine.wire import KEY, args_of, make_args
@@ -228,6 +228,42 @@ def test_probes_read_after_the_edits_of_their_place() -> None:
 def test_a_probe_alone_edits_nothing() -> None:
     its_plan = plan_of(probes=[{"vector": sideways(0), "layers": "all"}])
     assert moved(its_plan, [*PROMPT, 1]) == []
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_was_run_past_the_responses_end_is_not_reported(ends: bool) -> None:
+    toy, axis = Toy(Runtime()), inline(torch.eye(D)[0])
+    toy.add("r", plan_of(add(0, 1, tokens="generated"), probes=[{"vector": axis, "layers": [0]}]), PROMPT)
+    toy.run(Piece("r", 0, PROMPT))
+    for i, token in enumerate((10, 20, 30)):
+        toy.run(Piece("r", P + i, [token]))
+    if ends:
+        toy.runtime.remove_request("r")
+    (found,) = toy.runtime.reports({"r": {"r": P + 1}})["r"]
+    assert found["edited"] == [1]
+    assert found["probes"][0][2:] == pytest.approx([P + 1, sum(PROMPT) + 10, 1, max(PROMPT), 10], rel=1e-5)
+
+
+def test_a_probe_keeps_what_was_computed_last() -> None:
+    state = ProbeState()
+    state.see(4, [1.0, 2.0])  # four positions were in the cache
+    state.see(6, [3.0, 99.0, 99.0])  # two drafts
+    state.see(7, [4.0])  # both rejected
+    assert state.sums(8) == [4, 10.0, 1.0, 4.0, 4.0]
+    state.see(0, [7.0, 7.0, 7.0, 7.0, 1.0])  # preempted: the cache's part is seen for the first time now
+    state.see(5, [2.0, 3.0, 4.0, 5.0])
+    assert state.sums(9)[0] == 5
+    assert state.sums(6)[3:] == [2.0, 2.0]
+
+
+def test_a_probe_holds_back_a_bounded_number_of_values() -> None:
+    state, values = ProbeState(), [float(i % 7) for i in range(5 * KEPT_VALUES)]
+    for i in range(0, len(values), 3):
+        state.see(i, values[i : i + 3])
+    assert len(state.recent) <= 2 * KEPT_VALUES
+    end = len(values) - KEPT_VALUES + 1
+    assert state.sums(None) == [len(values), sum(values), 0.0, 6.0, values[-1]]
+    assert state.sums(end) == [end, sum(values[:end]), 0.0, 6.0, values[end - 1]]
 
 
 def test_reports_go_by_key_and_finished_ones_are_given_once() -> None:
