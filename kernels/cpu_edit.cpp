@@ -264,7 +264,7 @@ bool run(const Program& p, int64_t d, const Scratch& m, const float* gates, floa
         if (norms) norms[i] = 0;
         float scale = b.gate < 0 ? 1 : gates[b.gate];
         if (scale == 0) continue;
-        if (changed && (b.read.dense || b.read.columns || b.relative || b.preserve_norm)) {
+        if (changed && (b.read.dense || b.read.columns || b.relative)) {
             s = m.stream;
             for (int64_t k = 0; k < d; k++) m.stream[k] = m.base[k] + m.change[k];
         }
@@ -272,8 +272,9 @@ bool run(const Program& p, int64_t d, const Scratch& m, const float* gates, floa
         if (b.relative) scale *= norm(s, d);
         if (!map(b, scale, m.step)) continue;
         if (norms) memcpy(m.before, m.change, d * sizeof *m.before);
+        const float before = b.preserve_norm ? norm_of(m.base, m.change, 1, d) : 0;  // by the sum that gives `after`
         write(b, m.step, m.change, d);
-        if (b.preserve_norm) rescale(m.base, m.change, norm(s, d), d);
+        if (b.preserve_norm) rescale(m.base, m.change, before, d);
         if (norms) norms[i] = norm_of(m.change, m.before, -1, d);
         changed = true;
     }

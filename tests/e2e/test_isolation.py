@@ -108,7 +108,7 @@ def test_unsteered_neighbours_are_not_touched(served: tuple[Server, Oracle]) -> 
 def test_zero_strength_is_no_edit(served: tuple[Server, Oracle]) -> None:
     server, _ = served
     batch = [
-        Asked(prompt, {"interventions": [edit]}, 5, f"zero {edit['op']} at {edit['site']}")
+        Asked(prompt, {"interventions": [edit]}, 5, f"zero {edit}")
         for prompt, edit in zip(prompts(len(zeros()), seed=5), zeros(), strict=True)
     ]
     company = [*batch, *steered()[:8]]
