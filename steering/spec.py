@@ -49,9 +49,7 @@ class Inline(Model):
 
 
 class InlineNeurons(Model):
-    inline: list[tuple[Index, Index]] = Field(
-        min_length=1, max_length=MAX_NEURONS, description="[layer, index] pairs"
-    )
+    inline: list[tuple[Index, Index]] = Field(min_length=1, max_length=MAX_NEURONS, description="[layer, index] pairs")
 
 
 def _layers(value: Any) -> Any:
