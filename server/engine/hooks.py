@@ -148,7 +148,7 @@ def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
 
 def _around(layer: nn.Module, pre: Touch | None, post: Touch | None, base: _Base | None) -> None:
     inner = layer.forward
-    names = list(inspect.signature(type(layer).forward).parameters)[1:]
+    names = list(inspect.signature(inner).parameters)
     at_hidden = names.index("hidden_states")
     at_residual = names.index("residual") if "residual" in names else None
 

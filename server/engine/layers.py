@@ -153,7 +153,8 @@ class _Trace:
 
 def _trace(layer: nn.Module, d_model: int) -> _Trace:
     generator = torch.Generator().manual_seed(0)
-    takes_residual = "residual" in inspect.signature(type(layer).forward).parameters
+    names = inspect.signature(layer.forward).parameters
+    takes_residual = "residual" in names
     arguments = {
         "hidden_states": torch.randn(TOKENS, d_model, generator=generator),
         "residual": torch.randn(TOKENS, d_model, generator=generator),
@@ -163,9 +164,8 @@ def _trace(layer: nn.Module, d_model: int) -> _Trace:
     def run(outputs: dict[str, Tensor], tuples: bool, batched: bool) -> tuple[_Stubs, Tensor]:
         stubs = _Stubs(layer, outputs, d_model, generator, tuples)
         with stubs.installed():
-            names = inspect.signature(type(layer).forward).parameters
             given = {k: v.clone()[None] if batched else v.clone() for k, v in arguments.items() if k in names}
-            out = type(layer).forward(layer, **given)
+            out = layer.forward(**given)
         parts = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
         total = sum(t.reshape(TOKENS, d_model) for t in parts[: 2 if takes_residual else 1])
         assert isinstance(total, Tensor)
@@ -203,13 +203,17 @@ class _Stubs:
     @contextmanager
     def installed(self) -> Iterator[None]:
         stubbed = {n: m for n, m in self.layer.named_children() if any(True for _ in m.parameters())}
+        # vLLM's Transformers backend puts fused forwards on instances: they are put back.
+        own = {name: m.__dict__["forward"] for name, m in stubbed.items() if "forward" in m.__dict__}
         for name, module in stubbed.items():
             module.__dict__["forward"] = self._stub(name, _attends(module))
         try:
             yield
         finally:
-            for module in stubbed.values():
+            for name, module in stubbed.items():
                 del module.__dict__["forward"]
+                if name in own:
+                    module.__dict__["forward"] = own[name]
 
     def _stub(self, name: str, attends: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -283,3 +283,13 @@ def test_contract_a_decoder_layer_takes_hidden_states_and_residual() -> None:
     assert list(inspect.signature(LlamaDecoderLayer.forward).parameters)[:4] == [
         "self", "positions", "hidden_states", "residual",
     ], LOOK  # fmt: skip
+
+
+def test_a_forward_of_an_instance_is_still_there_afterwards() -> None:
+    """vLLM's Transformers backend fuses projections by replacing ``forward`` on instances."""
+    layer = PreNorm()
+    for child in layer.children():
+        child.__dict__["forward"] = child.forward
+    before = {name: child.__dict__["forward"] for name, child in layer.named_children()}
+    find_sites(layer, D)
+    assert {name: child.__dict__.get("forward") for name, child in layer.named_children()} == before
