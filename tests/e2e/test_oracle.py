@@ -160,8 +160,11 @@ def upload(server: Server, metadata: dict[str, Any], tensors: dict[str, torch.Te
 def check(
     server: Server, oracle: Oracle, steering: dict[str, Any], label: str, new: int = 5, matters: bool = True
 ) -> None:
-    """Compares every logprob of the prompt and of the generated tokens. ``matters``: the edit must move some."""
-    count = min(wide := oracle.model.config.vocab_size, 512)
+    """Compares the likeliest tokens' logprobs at every position. ``matters``: the edit must move some."""
+    wide, count = (
+        oracle.model.config.vocab_size,
+        64,
+    )  # the server decodes every token that it names, which takes its time
     every = {"logprobs": count, "prompt_logprobs": count, "return_tokens_as_token_ids": True}
     answer = server.complete(PROMPT, steering, max_tokens=new, return_token_ids=True, **every)
     choice = answer["choices"][0]
