@@ -1,7 +1,7 @@
 """Serve a model: vLLM's OpenAI server with steering. Every option of `vllm serve` works as it does there.
 
 The model runs eagerly unless compilation is asked for (-O, --compilation-config or --no-enforce-eager). On a CPU
-it starts a minute sooner so, and a layer that is not steered costs nothing. On a GPU, CUDA graphs would replay the
+it starts sooner so, and a layer that is not steered costs nothing. On a GPU, CUDA graphs would replay the
 edits of the batch that they were captured with, so a server that would use them refuses to start.
 """
 
