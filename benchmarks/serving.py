@@ -24,6 +24,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
 from benchmarks.provenance import save
 from rich.console import Console
 from rich.progress import track
@@ -108,11 +109,12 @@ def _run(
     for server, steering in ((stock, [None]), (ours, [None]), *((ours, s) for s in chosen.values())):
         _bench(args, server, steering, prompts=args.concurrency)  # warm-up, not counted
     runs: dict[str, list[tuple[Any, Any]]] = {case: [] for case in chosen}
-    schedule = list(itertools.product(range(args.pairs), chosen.items()))
-    for i, (case, steering) in track(schedule, "measuring", console=console):
+    schedule = list(itertools.product(range(args.pairs), enumerate(chosen.items())))
+    for pair, (index, (case, steering)) in track(schedule, "measuring", console=console):
         order = [(stock, [None]), (ours, steering)]
-        measured = [_bench(args, *what) for what in (order if i % 2 == 0 else order[::-1])]
-        runs[case].append(tuple(measured if i % 2 == 0 else measured[::-1]))  # type: ignore[arg-type]
+        turn = 1 if (pair + index) % 2 == 0 else -1  # who comes first, in turn within each case
+        measured = [_bench(args, *what) for what in order[::turn]]
+        runs[case].append(tuple(measured[::turn]))  # type: ignore[arg-type]
     return runs
 
 
@@ -203,5 +205,6 @@ def _upload(server: Server) -> list[int]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the client's own threads would fight the servers' for the cores
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     main()
