@@ -1,0 +1,230 @@
+"""Programs laid out for kernels that run on a device: one launch edits every row of a batch, whatever its plan.
+
+An *entry* is what a row of the batch may name: one program per place (or none), as a plan and a set of its
+interventions give them. A kernel is told which entry each row has and looks up the rest itself::
+
+    starts   int32 [entries, places]   where the program of an entry at a place begins in ``code``; 0: there is none
+    code     int32 [words]             programs; floats by their bits
+    vectors  float32 [floats]          directions, each once, whoever uses it; rows of a multiple of 4 floats
+
+A program is one word, its number of blocks, followed by its blocks in order. A block is four words (flags, the
+number of its rows r, its gate or -1, 0) and r rows of eight: read, write, bias, threshold, gain, offset, low,
+high. ``read`` and ``write`` are a column where the flag ``READ_COLUMNS`` or ``WRITE_COLUMNS`` is set, else an
+offset into ``vectors`` in units of 4 floats; ``read`` is -1 without the flag ``READS``. Rows that write
+columns are sorted by them, so that one thread can add up what goes to the same column.
+
+What the words mean is :mod:`steersman.kernels.program`'s formula. All three arrays stay where they are, as a
+captured graph needs; writes to them are queued on the device's current stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steersman.kernels.program import Block, Program, Rows
+
+RELATIVE, ONLY_IF_ACTIVE, PRESERVE_NORM, READS, READ_COLUMNS, WRITE_COLUMNS = (1 << i for i in range(6))
+PROGRAM_WORDS, BLOCK_WORDS, ROW_WORDS = 1, 4, 8
+UNIT = 4  # floats
+MAX_ROWS = 1024  # of a block: a kernel keeps one coefficient of each in fast memory
+NONE = -1  # the entry of a row that is not edited
+
+
+class TablesFull(RuntimeError):
+    """There is no room for another program; removing entries makes some."""
+
+
+class ProgramTooLarge(ValueError):
+    """A block has more rows than a kernel can hold."""
+
+
+class Space:
+    """Offsets in an array of ``size`` units, first fit."""
+
+    def __init__(self, size: int, reserved: int = 0) -> None:
+        self.size = size
+        self._free: list[tuple[int, int]] = [(reserved, size)]  # (first, past the last), in order
+
+    @property
+    def free(self) -> int:
+        return sum(b - a for a, b in self._free)
+
+    def take(self, count: int) -> int:
+        """The first of ``count`` units. Raises TablesFull."""
+        for i, (a, b) in enumerate(self._free):
+            if b - a >= count:
+                self._free[i : i + 1] = [(a + count, b)] if b - a > count else []
+                return a
+        raise TablesFull(f"no {count} of {self.size} units in a row are free")
+
+    def give(self, start: int, count: int) -> None:
+        """Takes back what :meth:`take` gave."""
+        spans = sorted([*self._free, (start, start + count)])
+        merged = spans[:1]
+        for a, b in spans[1:]:
+            if a == merged[-1][1]:
+                merged[-1] = merged[-1][0], b
+            else:
+                merged.append((a, b))
+        self._free = merged
+
+
+@dataclass
+class _Vector:
+    offset: int  # units
+    size: int
+    users: int = 0
+
+
+@dataclass
+class _Entry:
+    code: list[tuple[int, int]] = field(default_factory=list)  # (first word, words)
+    vectors: list[bytes] = field(default_factory=list)
+
+
+class Tables:
+    """The three arrays on ``device``, and who uses what in them."""
+
+    def __init__(self, places: int, device: torch.device, *, entries: int, words: int, floats: int) -> None:
+        self.starts = torch.zeros(entries, places, dtype=torch.int32, device=device)
+        self.code = torch.zeros(words, dtype=torch.int32, device=device)
+        self.vectors = torch.zeros(floats // UNIT * UNIT, device=device)
+        self._entries: dict[int, _Entry] = {}
+        self._unused = list(range(entries - 1, -1, -1))
+        self._code = Space(words, reserved=1)  # a program at word 0 would read as none
+        self._vectors = Space(floats // UNIT)
+        self._known: dict[bytes, _Vector] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.starts, self.code, self.vectors))
+
+    @property
+    def used_floats(self) -> int:
+        return (self._vectors.size - self._vectors.free) * UNIT
+
+    def add(self, programs: Mapping[int, Program]) -> int:
+        """A new entry, with a program at each of these places. Raises TablesFull or ProgramTooLarge and keeps none."""
+        if not self._unused:
+            raise TablesFull(f"all {self.starts.shape[0]} entries are in use")
+        entry = _Entry()
+        starts = np.zeros(self.starts.shape[1], np.int32)
+        try:
+            for place, program in programs.items():
+                words = self._encode(program, entry)
+                start = self._code.take(len(words))
+                entry.code.append((start, len(words)))
+                _write(self.code, start, words)
+                starts[place] = start
+        except (TablesFull, ProgramTooLarge):
+            self._drop(entry)
+            raise
+        index = self._unused.pop()
+        self._entries[index] = entry
+        _write(self.starts.view(-1), index * len(starts), starts)
+        return index
+
+    def remove(self, index: int) -> None:
+        """The entry may be given to others; no row may name it in what is queued from now on."""
+        self._drop(self._entries.pop(index))
+        self._unused.append(index)
+
+    def _drop(self, entry: _Entry) -> None:
+        for start, count in entry.code:
+            self._code.give(start, count)
+        for key in entry.vectors:
+            vector = self._known[key]
+            vector.users -= 1
+            if not vector.users:
+                self._vectors.give(vector.offset, vector.size)
+                del self._known[key]
+
+    def _encode(self, program: Program, entry: _Entry) -> NDArray[np.int32]:
+        blocks = [part for block in program.blocks for part in _split(block)]
+        return np.concatenate([np.array([len(blocks)], np.int32), *(self._block(b, entry) for b in blocks)])
+
+    def _block(self, block: Block, entry: _Entry) -> NDArray[np.int32]:
+        if block.count > MAX_ROWS:
+            raise ProgramTooLarge(f"an intervention of {block.count} directions; a kernel takes {MAX_ROWS}")
+        flags = (
+            (RELATIVE if block.relative else 0)
+            | (ONLY_IF_ACTIVE if block.only_if_active else 0)
+            | (PRESERVE_NORM if block.preserve_norm else 0)
+            | (READS if block.read is not None else 0)
+            | (READ_COLUMNS if block.read is not None and block.read.columns is not None else 0)
+            | (WRITE_COLUMNS if block.write.columns is not None else 0)
+        )
+        rows = np.empty((block.count, ROW_WORDS), np.int32)
+        rows[:, 0] = NONE if block.read is None else self._directions(block.read, entry)
+        rows[:, 1] = self._directions(block.write, entry)
+        scalars = (block.bias, block.threshold, block.gain, block.offset, block.low, block.high)
+        rows[:, 2:] = torch.stack([s.float() for s in scalars], 1).numpy().view(np.int32)
+        return np.concatenate([np.array([flags, block.count, block.gate, 0], np.int32), rows.ravel()])
+
+    def _directions(self, rows: Rows, entry: _Entry) -> Any:
+        if rows.columns is not None:
+            return rows.columns.numpy()
+        assert rows.dense is not None
+        return [self._vector(row, entry) for row in rows.dense.float().contiguous().numpy()]
+
+    def _vector(self, row: NDArray[np.float32], entry: _Entry) -> int:
+        key = hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+        found = self._known.get(key)
+        if found is None:
+            size = -(-len(row) // UNIT)
+            found = _Vector(self._vectors.take(size), size)
+            self._known[key] = found
+            padded = np.zeros(size * UNIT, np.float32)
+            padded[: len(row)] = row
+            _write(self.vectors, found.offset * UNIT, padded)
+        found.users += 1
+        entry.vectors.append(key)
+        return found.offset
+
+
+def supports(program: Program, sharded: bool = False) -> bool:
+    """Whether a kernel can run the program: of one rank's shard only what reads no dot and no norm."""
+    return not sharded or program.is_columnar or program.constant is not None
+
+
+def _write(array: Tensor, start: int, values: NDArray[Any]) -> None:
+    source = torch.from_numpy(values)
+    if array.is_cuda:
+        source = source.pin_memory()  # the allocator keeps it until the copy is done
+    array[start : start + len(values)].copy_(source, non_blocking=True)
+
+
+def _split(block: Block) -> Iterable[Block]:
+    """The block with its columns in order; in parts of MAX_ROWS where its rows do not see each other."""
+    columns = block.write.columns
+    if columns is None:
+        return [block]
+    ordered = _take(block, torch.argsort(columns, stable=True))
+    own = block.read is None or (block.read.columns is not None and torch.equal(block.read.columns, columns))
+    alone = own and len(torch.unique(columns)) == len(columns)
+    if block.count <= MAX_ROWS or not alone or block.relative or block.preserve_norm:
+        return [ordered]
+    return [_take(ordered, torch.arange(a, min(a + MAX_ROWS, block.count))) for a in range(0, block.count, MAX_ROWS)]
+
+
+def _take(block: Block, rows: Tensor) -> Block:
+    scalars = {n: getattr(block, n)[rows] for n in ("bias", "threshold", "gain", "offset", "low", "high")}
+    return replace(block, write=_of(block.write, rows), read=_of(block.read, rows) if block.read else None, **scalars)
+
+
+def _of(directions: Rows, rows: Tensor) -> Rows:
+    if directions.columns is not None:
+        return Rows(directions.width, columns=directions.columns[rows])
+    assert directions.dense is not None
+    return Rows(directions.width, dense=directions.dense[rows])
