@@ -1,27 +1,27 @@
 """Compiles ``cpu_edit.cpp`` with the system's C++ compiler, once per machine, and loads it.
 
-The library lies under ``~/.cache/steersman/kernels`` (or ``XDG_CACHE_HOME``), named by the hash of its
-source, its flags and the processor; it is written beside and renamed, so that processes that start
-together may all compile it. ``STEERSMAN_CPU_KERNEL`` chooses: ``auto`` (compiled where it can be),
+The library lies in the :mod:`steersman.kernels.cache`, named by the hash of its source, its flags and the
+processor. ``STEERSMAN_CPU_KERNEL`` chooses: ``auto`` (compiled where it can be),
 ``cpp`` (an error where it cannot), ``torch``.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import logging
 import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
+
+from steersman.kernels import cache
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def library(asked: str) -> Library | None:
     return found
 
 
-@cache
+@functools.cache
 def _library() -> Library | None:
     try:
         path = _compiled()
@@ -81,32 +81,15 @@ def _compiled() -> Path:
         raise RuntimeError(f"there is no C++ compiler ({', '.join(COMPILERS)})")
     parts = (SOURCE.read_text(), compiler, *FLAGS, _processor())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    folder = _folder()
-    path = folder / f"{name}.so"
+    path = cache.folder() / f"{name}.so"
     if path.exists():
         return path
-    handle, beside = tempfile.mkstemp(suffix=".so", prefix=f".{name}-", dir=folder)
-    os.close(handle)
-    try:
-        command = [compiler, *FLAGS, str(SOURCE), "-o", beside]
+    with cache.written(path) as beside:
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(beside)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode:
             raise RuntimeError(f"{compiler} failed: {done.stderr.strip()[:2000]}")
-        os.replace(beside, path)
-    finally:
-        Path(beside).unlink(missing_ok=True)
     return path
-
-
-def _folder() -> Path:
-    """The cache, or a folder of this process alone where there can be none."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "steersman" / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="steersman-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="steersman-"))
 
 
 def _processor() -> str:

@@ -8,10 +8,12 @@ interventions give them. A kernel is told which entry each row has and looks up 
     vectors  float32 [floats]          directions, each once, whoever uses it; rows of a multiple of 4 floats
 
 A program is one word, its number of blocks, followed by its blocks in order. A block is four words (flags, the
-number of its rows r, its gate or -1, 0) and r rows of eight: read, write, bias, threshold, gain, offset, low,
-high. ``read`` and ``write`` are a column where the flag ``READ_COLUMNS`` or ``WRITE_COLUMNS`` is set, else an
-offset into ``vectors`` in units of 4 floats; ``read`` is -1 without the flag ``READS``. Rows that write
-columns are sorted by them, so that one thread can add up what goes to the same column.
+number of its rows r, its gate or -1, its index in the program) and r rows of eight: read, write, bias, threshold,
+gain, offset, low, high. ``read`` and ``write`` are a column where the flag ``READ_COLUMNS`` or ``WRITE_COLUMNS``
+is set, else an offset into ``vectors`` in units of 4 floats; ``read`` is -1 without the flag ``READS``. Rows that
+write columns are sorted by them, so that one thread can add up what goes to the same column; with the flag
+``LOCAL`` none of them reads anything but the column that it writes. A block of more than ``MAX_ROWS`` such rows is
+laid out as several that have the same index: the square of its size is the sum of theirs.
 
 What the words mean is :mod:`steersman.kernels.program`'s formula. All three arrays stay where they are, as a
 captured graph needs; writes to them are queued on the device's current stream.
@@ -20,7 +22,8 @@ captured graph needs; writes to them are queued on the device's current stream.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,7 +34,7 @@ from torch import Tensor
 
 from steersman.kernels.program import Block, Program, Rows
 
-RELATIVE, ONLY_IF_ACTIVE, PRESERVE_NORM, READS, READ_COLUMNS, WRITE_COLUMNS = (1 << i for i in range(6))
+RELATIVE, ONLY_IF_ACTIVE, PRESERVE_NORM, READS, READ_COLUMNS, WRITE_COLUMNS, LOCAL = (1 << i for i in range(7))
 PROGRAM_WORDS, BLOCK_WORDS, ROW_WORDS = 1, 4, 8
 UNIT = 4  # floats
 MAX_ROWS = 1024  # of a block: a kernel keeps one coefficient of each in fast memory
@@ -67,14 +70,18 @@ class Space:
 
     def give(self, start: int, count: int) -> None:
         """Takes back what :meth:`take` gave."""
-        spans = sorted([*self._free, (start, start + count)])
-        merged = spans[:1]
-        for a, b in spans[1:]:
-            if a == merged[-1][1]:
-                merged[-1] = merged[-1][0], b
-            else:
-                merged.append((a, b))
-        self._free = merged
+        stop = start + count
+        i = bisect_left(self._free, (start, stop))
+        before = self._free[i - 1][1] if i else 0
+        after = self._free[i][0] if i < len(self._free) else self.size
+        if not before <= start <= stop <= after:
+            raise ValueError(f"units {start} to {stop} are not all taken")
+        first, last = i, i
+        if i and before == start:
+            first, start = i - 1, self._free[i - 1][0]
+        if i < len(self._free) and after == stop:
+            last, stop = i + 1, self._free[i][1]
+        self._free[first:last] = [(start, stop)]
 
 
 @dataclass
@@ -88,6 +95,11 @@ class _Vector:
 class _Entry:
     code: list[tuple[int, int]] = field(default_factory=list)  # (first word, words)
     vectors: list[bytes] = field(default_factory=list)
+    gates: int = 0
+    blocks: int = 0
+
+
+_Writes = list[tuple[int, NDArray[Any]]]  # (where, what)
 
 
 class Tables:
@@ -102,6 +114,8 @@ class Tables:
         self._code = Space(words, reserved=1)  # a program at word 0 would read as none
         self._vectors = Space(floats // UNIT)
         self._known: dict[bytes, _Vector] = {}
+        self.gates = 0  # columns that ``gates`` must have for the entries there are
+        self.blocks = 0  # and ``norms``
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -116,29 +130,42 @@ class Tables:
 
     def add(self, programs: Mapping[int, Program]) -> int:
         """A new entry, with a program at each of these places. Raises TablesFull or ProgramTooLarge and keeps none."""
+        places = self.starts.shape[1]
+        if wrong := [place for place in programs if not 0 <= place < places]:
+            raise IndexError(f"there is no place {wrong[0]}, only 0 to {places - 1}")
         if not self._unused:
             raise TablesFull(f"all {self.starts.shape[0]} entries are in use")
-        entry = _Entry()
-        starts = np.zeros(self.starts.shape[1], np.int32)
+        entry, code, vectors = _Entry(), _Writes(), _Writes()
+        starts = np.zeros(places, np.int32)
         try:
             for place, program in programs.items():
-                words = self._encode(program, entry)
+                words = self._encode(program, entry, vectors)
                 start = self._code.take(len(words))
                 entry.code.append((start, len(words)))
-                _write(self.code, start, words)
+                entry.gates = max(entry.gates, program.gates)
+                entry.blocks = max(entry.blocks, len(program.blocks))
+                code.append((start, words))
                 starts[place] = start
-        except (TablesFull, ProgramTooLarge):
+        except BaseException:
             self._drop(entry)
             raise
         index = self._unused.pop()
         self._entries[index] = entry
-        _write(self.starts.view(-1), index * len(starts), starts)
+        self._measure()
+        _write(self.vectors, vectors)
+        _write(self.code, code)
+        _write(self.starts.view(-1), [(index * places, starts)])
         return index
 
     def remove(self, index: int) -> None:
         """The entry may be given to others; no row may name it in what is queued from now on."""
         self._drop(self._entries.pop(index))
         self._unused.append(index)
+        self._measure()
+
+    def _measure(self) -> None:
+        self.gates = max((e.gates for e in self._entries.values()), default=0)
+        self.blocks = max((e.blocks for e in self._entries.values()), default=0)
 
     def _drop(self, entry: _Entry) -> None:
         for start, count in entry.code:
@@ -150,11 +177,11 @@ class Tables:
                 self._vectors.give(vector.offset, vector.size)
                 del self._known[key]
 
-    def _encode(self, program: Program, entry: _Entry) -> NDArray[np.int32]:
-        blocks = [part for block in program.blocks for part in _split(block)]
-        return np.concatenate([np.array([len(blocks)], np.int32), *(self._block(b, entry) for b in blocks)])
+    def _encode(self, program: Program, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
+        parts = [(i, part) for i, block in enumerate(program.blocks) for part in _split(block)]
+        return np.concatenate([np.array([len(parts)], np.int32), *(self._block(b, i, entry, new) for i, b in parts)])
 
-    def _block(self, block: Block, entry: _Entry) -> NDArray[np.int32]:
+    def _block(self, block: Block, index: int, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
         if block.count > MAX_ROWS:
             raise ProgramTooLarge(f"an intervention of {block.count} directions; a kernel takes {MAX_ROWS}")
         flags = (
@@ -164,22 +191,23 @@ class Tables:
             | (READS if block.read is not None else 0)
             | (READ_COLUMNS if block.read is not None and block.read.columns is not None else 0)
             | (WRITE_COLUMNS if block.write.columns is not None else 0)
+            | (LOCAL if _is_local(block) else 0)
         )
         rows = np.empty((block.count, ROW_WORDS), np.int32)
-        rows[:, 0] = NONE if block.read is None else self._directions(block.read, entry)
-        rows[:, 1] = self._directions(block.write, entry)
+        rows[:, 0] = NONE if block.read is None else self._directions(block.read, entry, new)
+        rows[:, 1] = self._directions(block.write, entry, new)
         scalars = (block.bias, block.threshold, block.gain, block.offset, block.low, block.high)
         rows[:, 2:] = torch.stack([s.float() for s in scalars], 1).numpy().view(np.int32)
-        return np.concatenate([np.array([flags, block.count, block.gate, 0], np.int32), rows.ravel()])
+        return np.concatenate([np.array([flags, block.count, block.gate, index], np.int32), rows.ravel()])
 
-    def _directions(self, rows: Rows, entry: _Entry) -> Any:
+    def _directions(self, rows: Rows, entry: _Entry, new: _Writes) -> Any:
         if rows.columns is not None:
             return rows.columns.numpy()
         assert rows.dense is not None
-        return [self._vector(row, entry) for row in rows.dense.float().contiguous().numpy()]
+        return [self._vector(row, entry, new) for row in rows.dense.float().contiguous().numpy()]
 
-    def _vector(self, row: NDArray[np.float32], entry: _Entry) -> int:
-        key = hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+    def _vector(self, row: NDArray[np.float32], entry: _Entry, new: _Writes) -> int:
+        key = hashlib.blake2b(row.data, digest_size=16).digest()
         found = self._known.get(key)
         if found is None:
             size = -(-len(row) // UNIT)
@@ -187,7 +215,7 @@ class Tables:
             self._known[key] = found
             padded = np.zeros(size * UNIT, np.float32)
             padded[: len(row)] = row
-            _write(self.vectors, found.offset * UNIT, padded)
+            new.append((found.offset * UNIT, padded))
         found.users += 1
         entry.vectors.append(key)
         return found.offset
@@ -195,24 +223,40 @@ class Tables:
 
 def supports(program: Program, sharded: bool = False) -> bool:
     """Whether a kernel can run the program: of one rank's shard only what reads no dot and no norm."""
-    return not sharded or program.is_columnar or program.constant is not None
+    whole = not sharded or program.is_columnar or program.constant is not None
+    return whole and all(part.count <= MAX_ROWS for block in program.blocks for part in _split(block))
 
 
-def _write(array: Tensor, start: int, values: NDArray[Any]) -> None:
-    source = torch.from_numpy(values)
-    if array.is_cuda:
-        source = source.pin_memory()  # the allocator keeps it until the copy is done
-    array[start : start + len(values)].copy_(source, non_blocking=True)
+def _write(array: Tensor, parts: _Writes) -> None:
+    """Queues the copies, one for parts that lie side by side."""
+    parts = sorted(parts, key=lambda part: part[0])
+    while parts:
+        first, stop, taken = parts[0][0], parts[0][0], 0
+        while taken < len(parts) and parts[taken][0] == stop:
+            stop += len(parts[taken][1])
+            taken += 1
+        source = torch.from_numpy(np.concatenate([values for _, values in parts[:taken]]))
+        if array.is_cuda:
+            source = source.pin_memory()  # the allocator keeps it until the copy is done
+        array[first:stop].copy_(source, non_blocking=True)
+        parts = parts[taken:]
 
 
-def _split(block: Block) -> Iterable[Block]:
+def _is_local(block: Block) -> bool:
+    """Whether each row reads nothing but the column that it writes."""
+    columns = block.write.columns
+    if columns is None or block.read is None:
+        return columns is not None
+    return block.read.columns is not None and torch.equal(block.read.columns, columns)
+
+
+def _split(block: Block) -> list[Block]:
     """The block with its columns in order; in parts of MAX_ROWS where its rows do not see each other."""
     columns = block.write.columns
     if columns is None:
         return [block]
     ordered = _take(block, torch.argsort(columns, stable=True))
-    own = block.read is None or (block.read.columns is not None and torch.equal(block.read.columns, columns))
-    alone = own and len(torch.unique(columns)) == len(columns)
+    alone = _is_local(block) and len(torch.unique(columns)) == len(columns)
     if block.count <= MAX_ROWS or not alone or block.relative or block.preserve_norm:
         return [ordered]
     return [_take(ordered, torch.arange(a, min(a + MAX_ROWS, block.count))) for a in range(0, block.count, MAX_ROWS)]

@@ -1,8 +1,8 @@
 """Serve a model: vLLM's OpenAI server with steering. Every option of `vllm serve` works as it does there.
 
-The model runs eagerly unless compilation is asked for (-O, --compilation-config or --no-enforce-eager). On a CPU
-it starts sooner so, and a layer that is not steered costs nothing. On a GPU, CUDA graphs would replay the
-edits of the batch that they were captured with, so a server that would use them refuses to start.
+On a CPU the model runs eagerly unless compilation is asked for (-O, --compilation-config or --no-enforce-eager):
+it starts sooner so, and a layer that is not steered costs nothing. On a GPU vLLM's own default holds: compiled,
+with CUDA graphs.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def defaults(options: Sequence[str], env: dict[str, str] | os._Environ[str], *, 
     if on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in env and not any(n in MEMORY for n in names):
         env["VLLM_CPU_KVCACHE_SPACE"] = "2"  # GiB; vLLM's own share of all memory may be more than is free
     compiles = any(n in COMPILING or n.startswith("-O") for n in names)
-    return [] if compiles else ["--enforce-eager"]
+    return ["--enforce-eager"] if on_cpu and not compiles else []
 
 
 def _on_cpu() -> bool:

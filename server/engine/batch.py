@@ -5,15 +5,15 @@ An adapter's ``attach(runner, runtime)`` wraps three of the runner's methods: wh
 (``runtime.begin`` before it, ``runtime.end`` after it, also when it raises). Dummy runs and graph captures
 must reach neither.
 
-The contract with vLLM: ``SchedulerOutput.finished_req_ids`` and ``.scheduled_new_reqs[i].req_id`` and
-``.sampling_params``; an id in both is first finished, then new. A new id that is known already is a request
-resumed after preemption (V2 only; its parameters are the same) or the next part of a streamed prompt (its
-parameters are others). The settings that :func:`refuse` reads.
+The contract with vLLM: ``SchedulerOutput.finished_req_ids`` and ``.scheduled_new_reqs[i]`` with ``req_id``,
+``sampling_params`` and ``prompt_token_ids`` or ``prompt_embeds``; an id in both is first finished, then new. A new id
+that is known already is a request resumed after preemption (V2 only; its parameters are the same) or the next part of
+a streamed prompt (its parameters are others). The settings that :func:`refuse` reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.server.engine import graphs
 from steersman.server.engine.requests import RequestState
 from steersman.server.engine.runtime import Runtime, Scheduled
 from steersman.server.engine.wire import args_of
@@ -33,6 +34,8 @@ def note_requests(runtime: Runtime, scheduler_output: Any) -> None:
     """Requests that left and entered the batch since the last step."""
     for request_id in scheduler_output.finished_req_ids:
         runtime.remove_request(request_id)
+        if runtime.monitor is not None:
+            runtime.monitor.leave(request_id)
     for new in scheduler_output.scheduled_new_reqs:
         args = args_of(new.sampling_params)
         known = runtime.requests.get(new.req_id)
@@ -40,6 +43,9 @@ def note_requests(runtime: Runtime, scheduler_output: Any) -> None:
             runtime.remove_request(new.req_id)
         if args is not None:
             runtime.add_request(new.req_id, args)  # a resumed request keeps its state
+        if runtime.monitor is not None:
+            prompt = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
+            runtime.monitor.enter(new.req_id, len(prompt))
 
 
 def _is_same(state: RequestState, args: Mapping[str, Any] | None) -> bool:
@@ -48,7 +54,22 @@ def _is_same(state: RequestState, args: Mapping[str, Any] | None) -> bool:
     )
 
 
+def begin(runtime: Runtime, batch: Sequence[Scheduled], token_ids: Callable[[int, int], Ints]) -> None:
+    """The pass over ``batch`` is about to run, with the graphs of the level that its edits need."""
+    runtime.begin(batch, token_ids, replayed=graphs.levels.replays)
+    graphs.levels.choose(runtime.device.sites if runtime.device is not None else ())
+
+
+def end(runtime: Runtime) -> None:
+    """The pass is over; what runs outside of one, such as a dummy batch, is stock vLLM's."""
+    runtime.end()
+    graphs.levels.rest()
+
+
 def any_steered(runtime: Runtime, request_ids: Iterable[str]) -> bool:
+    """Whether the coming pass's rows must be told: a request in it is steered, or statistics are due."""
+    if runtime.monitor is not None and runtime.monitor.due:
+        return True
     return bool(runtime.requests) and any(r in runtime.requests for r in request_ids)
 
 
@@ -65,8 +86,11 @@ def on_host(tensor: Tensor) -> Ints:
     return tensor.cpu().numpy().astype(np.int64)  # type: ignore[no-any-return]
 
 
-def refuse(config: Any, device: torch.device) -> None:
-    """Raises if the layers would not see the batch's rows as they are laid out here, or would not call us."""
+def refuse(config: Any, device: torch.device, capturable: bool = False) -> None:
+    """Raises if the layers would not see the batch's rows as they are laid out here, or would not call us.
+
+    capturable: the edits are made by a kernel that may be part of a CUDA graph.
+    """
     parallel, compilation = config.parallel_config, config.compilation_config
     reasons = []
     if parallel.use_ubatching:
@@ -77,8 +101,11 @@ def refuse(config: Any, device: torch.device) -> None:
         reasons.append("sequence parallelism: ranks hold different tokens")
     if config.cache_config.kv_sharing_fast_prefill:
         reasons.append("fast prefill: later layers see a part of the batch")
-    if device.type != "cpu" and _captures_edits(compilation):
-        reasons.append(f"CUDA graphs that contain the edits: use eager mode, or piecewise graphs split at {EDIT_OP}")
+    if device.type != "cpu" and not capturable and _captures_edits(compilation):
+        reasons.append(
+            "CUDA graphs that contain the edits, as there is no kernel for this device: use eager mode, or "
+            f"piecewise graphs split at {EDIT_OP}"
+        )
     if reasons:
         raise RuntimeError(f"steering does not work with {'; '.join(reasons)}")
 

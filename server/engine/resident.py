@@ -7,9 +7,12 @@ A program is compiled per place and per set of active interventions (the bit mas
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+
+import torch
+from torch import Tensor
 
 from steersman.kernels.program import Program
 from steersman.steering.errors import CapacityExceeded
@@ -36,12 +39,24 @@ class Resident:
     shards: Mapping[Place, Shard]  # places of which this rank holds only a part
     users: int = 0  # requests in flight
     holders: set[str] = field(default_factory=set)
+    on_device: bool = False  # whether a pass with it needs nothing of the host
     _programs: dict[int, dict[Place, Program]] = field(default_factory=dict)
 
     @cached_property
     def reads(self) -> frozenset[Place]:
         """Places that its gates and probes read."""
         return frozenset(g.place for g in self.plan.gates) | frozenset(p.place for p in self.plan.probes)
+
+    @cached_property
+    def probes(self) -> dict[Place, tuple[list[int], Tensor]]:
+        """At each place that probes read: which of the plan's reads these are, and their directions [k, d]."""
+        found: dict[Place, list[int]] = {}
+        for column, probe in enumerate(self.plan.probes):
+            found.setdefault(probe.place, []).append(column)
+        return {
+            place: (columns, torch.stack([self.plan.probes[c].direction for c in columns]))
+            for place, columns in found.items()
+        }
 
     def programs(self, mask: int) -> dict[Place, Program]:
         """The programs of the interventions in ``mask``, by place."""
@@ -71,6 +86,7 @@ class ResidentPlans:
     """
 
     def __init__(self, capacity: int, limit: int, shards: Mapping[Place, Shard]) -> None:
+        self.on_drop: Callable[[Resident], None] = lambda resident: None
         self.capacity = capacity
         self.limit = limit
         self.shards = shards
@@ -110,4 +126,6 @@ class ResidentPlans:
         while self.size + size > self.capacity or len(self._plans) >= self.limit:
             if not idle:
                 raise CapacityExceeded("every resident plan is in use; try again when requests have finished")
-            self.size -= self._plans.pop(idle.pop(0)).size
+            dropped = self._plans.pop(idle.pop(0))
+            self.size -= dropped.size
+            self.on_drop(dropped)

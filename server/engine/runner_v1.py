@@ -12,6 +12,9 @@ read from the device. Where speculation meets asynchronous scheduling (``use_asy
 ``positions`` on the device is right, so it is read, at the price of waiting for the last step, and only while a
 request in the batch is steered. ``positions`` counts tokens, also for models with M-RoPE.
 
+Between the two the step's graph is chosen, or that it has none (:mod:`steersman.server.engine.graphs`), by
+``cudagraph_dispatcher.dispatch``.
+
 A preempted request stays known to the runner and comes back among the cached ones, so that our state stays too.
 """
 
@@ -22,13 +25,16 @@ from typing import Any
 import numpy as np
 
 from steersman.server.engine import batch as shared
+from steersman.server.engine import graphs
 from steersman.server.engine.runtime import Runtime, Scheduled
 from steersman.steering.tokens import Ints
 
 
 def attach(runner: Any, runtime: Runtime) -> None:
     """Makes ``runner`` tell ``runtime`` what each forward pass computes."""
-    shared.refuse(runner.vllm_config, runner.device)
+    shared.refuse(runner.vllm_config, runner.device, runtime.device is not None)
+    if runtime.device is not None:
+        graphs.attach_v1(runner, runtime.capturing)
     update_states, prepare_inputs, model_forward = (
         runner._update_states, runner._prepare_inputs, runner._model_forward,
     )  # fmt: skip
@@ -43,14 +49,15 @@ def attach(runner: Any, runtime: Runtime) -> None:
         steered = shared.any_steered(runtime, runner.input_batch.req_ids)
         positions = runner.positions if runner.use_async_spec_decode else None
         batch[:] = rows(runner.input_batch, num_scheduled_tokens, positions) if steered else []
+        graphs.levels.eager = steered and runtime.needs_host(runner.input_batch.req_ids)
         return out
 
     def _model_forward(*args: Any, **kwargs: Any) -> Any:
-        runtime.begin(batch, token_ids)
+        shared.begin(runtime, batch, token_ids)
         try:
             return model_forward(*args, **kwargs)
         finally:
-            runtime.end()
+            shared.end(runtime)
 
     def token_ids(row: int, count: int) -> Ints:
         return shared.on_host(runner.input_ids.gpu[row : row + count])

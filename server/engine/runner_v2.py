@@ -20,6 +20,9 @@ exact, so with speculation both are read from there, at the price of waiting for
 only while a request in the batch is steered. ``positions`` counts tokens, also for models with M-RoPE, which
 keep their own.
 
+Which graph a step replays, or that it has none (:mod:`steersman.server.engine.graphs`), is decided after
+``add_requests`` and before ``prepare_inputs``, by ``cudagraph_manager.dispatch``.
+
 A preempted request is dropped and comes back as a new one, perhaps in another slot and with its output as part
 of its prefill. We keep no slots: its state stays under its id until it finishes.
 """
@@ -29,19 +32,23 @@ from __future__ import annotations
 from typing import Any
 
 from steersman.server.engine import batch as shared
+from steersman.server.engine import graphs
 from steersman.server.engine.runtime import Runtime, Scheduled
 from steersman.steering.tokens import Ints
 
 
 def attach(runner: Any, runtime: Runtime) -> None:
     """Makes ``runner`` tell ``runtime`` what each forward pass computes."""
-    shared.refuse(runner.vllm_config, runner.device)
+    shared.refuse(runner.vllm_config, runner.device, runtime.device is not None)
+    if runtime.device is not None:
+        graphs.attach_v2(runner, runtime.capturing)
     add_requests, prepare_inputs, execute_model = (
         runner.add_requests, runner.prepare_inputs, runner.execute_model,
     )  # fmt: skip
 
     def _add_requests(scheduler_output: Any, *rest: Any, **kwargs: Any) -> Any:
         shared.note_requests(runtime, scheduler_output)
+        graphs.levels.eager = runtime.needs_host(scheduler_output.num_scheduled_tokens)
         return add_requests(scheduler_output, *rest, **kwargs)
 
     def _prepare_inputs(*args: Any, **kwargs: Any) -> Any:
@@ -51,14 +58,14 @@ def attach(runner: Any, runtime: Runtime) -> None:
             return shared.on_host(batch.input_ids[row : row + count])
 
         steered = shared.any_steered(runtime, batch.req_ids)
-        runtime.begin(rows(batch, runner.num_speculative_steps > 0) if steered else [], token_ids)
+        shared.begin(runtime, rows(batch, runner.num_speculative_steps > 0) if steered else [], token_ids)
         return batch
 
     def _execute_model(*args: Any, **kwargs: Any) -> Any:
         try:
             return execute_model(*args, **kwargs)
         finally:
-            runtime.end()
+            shared.end(runtime)
 
     runner.add_requests = _add_requests
     runner.prepare_inputs = _prepare_inputs

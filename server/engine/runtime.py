@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,10 +24,16 @@ import torch
 from torch import Tensor
 
 from steersman.kernels.reference import Reduce
+from steersman.server.engine.device import DevicePlans
+from steersman.server.engine.dosage import Dosage
 from steersman.server.engine.layout import Group, Run, Work, group_rows
+from steersman.server.engine.monitor import Monitor
+from steersman.server.engine.probing import Probing
 from steersman.server.engine.requests import Masks, RequestState, open_request
 from steersman.server.engine.resident import Resident, ResidentPlans, Shard
+from steersman.server.engine.sizes import Measured, trace
 from steersman.steering.plan import Place
+from steersman.steering.sites import Site
 from steersman.steering.tokens import Ints
 
 logger = logging.getLogger(__name__)
@@ -74,6 +81,9 @@ class Runtime:
         self.reduce = reduce
         self.shards: dict[Place, Shard] = {}
         self.plans = ResidentPlans(capacity, limit, self.shards)
+        self.device: DevicePlans | None = None
+        self.monitor: Monitor | None = None
+        self.dosage: Dosage | None = None  # to be set before any request is added
         self.requests: dict[str, RequestState] = {}
         self.finished: OrderedDict[str, list[RequestState]] = OrderedDict()
         self._owners: list[Owner] = []
@@ -84,12 +94,22 @@ class Runtime:
         self.wanted: Container[Place] = ()  # places that are edited or read in this step
         self.live = False  # whether there are any
         self._measure = False
-        self._measured: list[tuple[Place, Work, Tensor, Tensor | None]] = []
+        self._measured: list[Measured] = []
+        self._asked: list[Measured] = []  # the same before the dosage's limit, where there is one
+        self._probing = Probing(())
+        self._on_device: list[Run] = []  # of this pass
+        self._device_layout: Layout | None = None  # of these runs, made when they are measured
+        self._capturing = False
         self._steps = 0
 
     def shard(self, shards: Mapping[Place, Shard]) -> None:
         """States of which places this rank holds only a part; to be called before any plan is loaded."""
         self.shards.update(shards)
+
+    def use_device(self, device: DevicePlans) -> None:
+        """Plans that ``device`` takes are run there from now on."""
+        self.device = device
+        self.plans.on_drop = device.drop
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -102,6 +122,9 @@ class Runtime:
             logger.error("plan %s of request %s is not resident", args["plan"], request_id)
         else:
             resident.users += 1
+            resident.on_device = resident.on_device or (
+                self.device is not None and self.dosage is None and self.device.takes(resident)
+            )
         self.requests[request_id] = open_request(request_id, args, resident)
 
     def remove_request(self, request_id: str) -> None:
@@ -131,12 +154,44 @@ class Runtime:
             for key, states in found.items()
         }
 
+    def probe_rows(self, asked: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[str, dict[str, Any]]:
+        """What the probes of some requests have read, finished or not: by key and id, of positions [from, to)."""
+        states = [s for s in self.requests.values() if s.key in asked]
+        states += [s for key in asked for s in self.finished.get(key, ())]
+        found: dict[str, dict[str, Any]] = {key: {} for key in asked}
+        for state in states:
+            if (bounds := asked[state.key].get(state.request_id)) is not None:
+                found[state.key][state.request_id] = state.probe_rows(*bounds)
+        return found
+
     # -- one forward pass -------------------------------------------------------------------------
 
-    def begin(self, batch: Sequence[Scheduled], token_ids: Callable[[int, int], Ints]) -> None:
-        """Lays out the coming pass. ``token_ids(row, count)`` reads what these rows are fed."""
+    def needs_host(self, request_ids: Iterable[str]) -> bool:
+        """Whether a pass with these requests needs the host between its layers, so that no graph can stand for it."""
+        states = (self.requests.get(i) for i in request_ids) if self.requests else ()
+        return any(s is not None and s.resident is not None and (s.whole or not s.resident.on_device) for s in states)
+
+    @contextmanager
+    def capturing(self, sites: Collection[Site]) -> Iterator[None]:
+        """Passes in this context launch the kernel at all hooked places of ``sites``, to be captured in a graph."""
+        assert self.device is not None
         self._rest()
-        if not self.requests:
+        self.wanted = self.device.places = self.device.at(sites)
+        self.live = self._capturing = True
+        try:
+            yield
+        finally:
+            self._capturing = False
+            self._rest()
+
+    def begin(self, batch: Sequence[Scheduled], token_ids: Callable[[int, int], Ints], replayed: bool = False) -> None:
+        """Lays out the coming pass. ``token_ids(row, count)`` reads what these rows are fed.
+
+        replayed: the pass replays graphs, so that only what runs on the device can be done.
+        """
+        self._rest()
+        sampled = self.monitor is not None and self.monitor.begin(() if replayed else batch, self.requests)
+        if not self.requests and not sampled:
             self._layout_key, self._layouts = None, {}
             return
         key: list[Run] = []
@@ -153,38 +208,69 @@ class Runtime:
                 key.append(Run(state.resident, owner.chosen, entry.row, entry.row + 1))
             elif owner.chosen:
                 key += [Run(state.resident, mask, entry.row + a, entry.row + b) for mask, a, b in _runs(owner.masks)]
+        if self.device is not None:
+            key = self._lay_out_on(self.device, key)
         if key != self._layout_key:
             self._layout_key = key
             self._layouts = self._lay_out(key)
         self._layout = self._layouts
         self._reads = frozenset().union(*(o.state.resident.reads for o in self._owners if o.state.resident))
         self.wanted = self._reads.union(self._layout) if self._reads else self._layout
+        if self._on_device and self.device is not None:
+            self.wanted = self.device.places.union(self.wanted) if self.wanted else self.device.places
+        if sampled and self.monitor is not None:
+            self.wanted = self.monitor.places.union(self.wanted)
         self.live = bool(self.wanted)
+        self._probing = Probing(self._owners)
         self._steps += 1
-        self._measure = self._steps % MEASURE_EVERY == 0 or any(o.chosen & o.state.unmeasured for o in self._owners)
+        due = self._steps % MEASURE_EVERY == 0 or any(o.chosen & o.state.unmeasured for o in self._owners)
+        every = self.dosage is not None or any(o.state.whole for o in self._owners)
+        self._measure = (due or every or sampled) and not replayed
 
     def end(self) -> None:
         """The pass is over: what runs outside of one, such as a dummy batch, is not edited."""
-        if self._measured:
-            self._add_up()
+        try:
+            self._note()
+        except Exception as error:
+            _fail([o.state for o in self._owners], f"noting what was done failed: {error}")
         for owner in self._owners:
             owner.state.note_edits(owner.start, owner.masks, owner.gates)
             if self._measure:
                 owner.state.attempted(owner.chosen)
         self._rest()
 
+    def _note(self) -> None:
+        """What the pass has measured and read goes to the requests and into the statistics."""
+        if self._measured:
+            self._add_up()
+        trace(self._measured, self._owners)
+        if self.dosage is not None:
+            self.dosage.note(self._asked, self._owners)
+        sampled = self.monitor is not None and self.monitor.sampling
+        self._probing.finish(self.monitor.probed if sampled and self.monitor is not None else None)
+        if self.monitor is not None:
+            self.monitor.end(self._measured)
+
     def _rest(self) -> None:
-        self._owners, self._measured, self._layout = [], [], {}
+        self._owners, self._measured, self._asked, self._layout = [], [], [], {}
+        self._probing = Probing(())
         self._reads = frozenset()
         self.wanted, self.live = (), False
+        if self.device is not None:
+            self.device.rest()
+            self._on_device, self._device_layout = [], None
 
     def apply(self, place: Place, x: Tensor, residual: Tensor | None = None) -> None:
         """Edits ``x`` [.., d] in place; the stream is ``x + residual`` where a residual is given."""
         try:
             if x.dim() != 2:
                 x, residual = _flat(x), None if residual is None else _flat(residual)
+            if self.device is not None and place in self.device.places:
+                self._apply_on(self.device, place, x, residual)
             self._apply(place, x, residual)
         except Exception as error:
+            if self._capturing:
+                raise
             _fail([o.state for o in self._owners], f"editing {_name(place)} failed: {error}")
 
     # -- parts ------------------------------------------------------------------------------------
@@ -215,6 +301,26 @@ class Runtime:
                 out.setdefault(place, Work()).groups.append(Group(resident, program, rows))
         return out
 
+    def _lay_out_on(self, device: DevicePlans, key: list[Run]) -> list[Run]:
+        """Lays out the runs that the device takes; those that it does not."""
+        runs = [run for run in key if run.resident.on_device]
+        try:
+            device.lay_out(runs)
+            self._on_device = runs
+        except Exception as error:
+            residents = {id(run.resident) for run in runs}
+            _fail([o.state for o in self._owners if id(o.state.resident) in residents], f"laying out failed: {error}")
+        return [run for run in key if not run.resident.on_device]
+
+    def _apply_on(self, device: DevicePlans, place: Place, x: Tensor, residual: Tensor | None) -> None:
+        if not self._measure:
+            device.edit(place, x, residual)
+            return
+        if self._device_layout is None:
+            self._device_layout = self._lay_out(self._on_device)
+        work = self._device_layout[place]
+        self._measured.append((place, work, device.edit_and_measure(place, x, residual, work), None))
+
     def _using(self, resident: Resident) -> list[RequestState]:
         return [o.state for o in self._owners if o.state.resident is resident]
 
@@ -224,7 +330,11 @@ class Runtime:
             gates = self._gates(work) if work.gated else None
             reduce = self.reduce if place in self.shards else None
             try:
-                relative = work.apply(x, residual, gates, self._measure, reduce)
+                if self.dosage is not None:
+                    relative, asked = self.dosage.apply(work, x, residual, gates, reduce)
+                    self._asked.append((place, work, asked, gates))
+                else:
+                    relative = work.apply(x, residual, gates, self._measure, reduce)
                 if relative is not None:
                     self._measured.append((place, work, relative, gates))
             except Exception as error:
@@ -233,8 +343,12 @@ class Runtime:
                 _fail(states, f"editing {_name(place)} failed: {error}")
         for owner, i, values in decided:
             owner.gates[i] = values
+            if self.monitor is not None:
+                self.monitor.gate(owner.state, i, owner.masks, values)
         if place in self._reads:
-            self._read_probes(place, x, residual)
+            self._probing.read(place, x, residual, self.shards.get(place), self.reduce)
+        if self.monitor is not None and self.monitor.sampling:
+            self.monitor.see(place, x, residual)
 
     def _gates(self, work: Work) -> Tensor:
         """[rows, n_gates] of the work's rows."""
@@ -258,7 +372,7 @@ class Runtime:
             if gates is not None:
                 gated = work.gates >= 0
                 opened[gated] = np.take_along_axis(gates.numpy(), work.gates.clip(0), 1)[gated] > 0
-            weights = (relative.numpy() * opened).ravel(), opened.ravel()
+            weights = (relative.cpu().numpy() * opened).ravel(), opened.ravel()
             for total, weight in zip(at, weights, strict=True):
                 total += np.bincount(cells, weight, total.size).reshape(total.shape)
         layers = tuple(place.layer for place, *_ in self._measured)
@@ -292,15 +406,6 @@ class Runtime:
         whole = own.new_zeros(len(own), shard.width)
         whole[:, shard.start : shard.stop] = own
         return self.reduce(whole)
-
-    def _read_probes(self, place: Place, x: Tensor, residual: Tensor | None) -> None:
-        for owner in self._owners:
-            resident = owner.state.resident
-            assert resident is not None
-            for probe in resident.plan.probes:
-                if probe.place == place:
-                    values = (self._stream(place, x, residual, owner.rows) * probe.direction).sum(-1)
-                    owner.state.see_probe(probe.probe, place.layer, owner.start, values)
 
 
 def _fail(states: Iterable[RequestState], message: str) -> None:

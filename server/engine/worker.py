@@ -9,22 +9,29 @@ model, ``use_v2_model_runner`` the runner.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from vllm.config import CompilationMode
 from vllm.distributed import get_pp_group, get_tp_group, tensor_model_parallel_all_reduce
 
-from steersman.kernels import cpu_library
-from steersman.server.engine import hooks, runner_v1, runner_v2
+from steersman.kernels import choice, cpu_library
+from steersman.server.engine import graphs, hooks, runner_v1, runner_v2
+from steersman.server.engine.device import DevicePlans, Kernel
+from steersman.server.engine.dosage import Dosage
 from steersman.server.engine.layers import decoder_layers
+from steersman.server.engine.monitor import Monitor
+from steersman.server.engine.resident import Shard
 from steersman.server.engine.runtime import Runtime
 from steersman.server.settings import Settings
 from steersman.steering.errors import SiteUnsupported, SteeringError
-from steersman.steering.plan import Plan
+from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import ModelInfo, Site
 
 logger = logging.getLogger(__name__)
+
+PADDING = 64  # rows that a runner may add to its largest batch
 
 
 class WorkerSteering:
@@ -43,6 +50,11 @@ class WorkerSteering:
             capacity=settings.plan_memory_mb * 2**20,
             limit=settings.max_plans,
         )
+        if settings.max_relative_norm is not None:
+            self.runtime.dosage = Dosage(settings.max_relative_norm, settings.dosage)
+        if settings.monitor == "on":
+            self.runtime.monitor = Monitor(self.n_layers, settings.monitor_every, counts=self.leads)
+            self.runtime.monitor.watch_logits(worker.model_runner.get_model())
         if worker.device.type == "cpu":
             cpu_library.library(cpu_library.backend())  # compiled now, not in the first steered step
         widths: dict[Site, dict[int, int]] = {}
@@ -57,6 +69,10 @@ class WorkerSteering:
             traced = worker.vllm_config.compilation_config.mode != CompilationMode.NONE
             widths, shards = hooks.install(mine, self.d_model, self.runtime, settings.hooked_sites, traced=traced)
             self.runtime.shard(shards)
+            kernel = choice.choose(worker.device)
+            if kernel is not None:
+                graphs.use(settings.hooked_sites)
+                self.runtime.use_device(_device_plans(kernel, worker, settings, widths, shards))
         runner = runner_v2 if worker.use_v2_model_runner else runner_v1
         runner.attach(worker.model_runner, self.runtime)
         self.info = ModelInfo(
@@ -103,13 +119,45 @@ class WorkerSteering:
         found = self.runtime.reports(asked)
         if self.leads:
             return found
-        return {
-            key: [{**report, "relative": [], "probes": []} for report in reports if report["error"]]
-            for key, reports in found.items()
-        }
+        nothing: dict[str, list[Any]] = {"relative": [], "probes": [], "over": [], "tokens": []}
+        return {key: [{**r, **nothing} for r in reports if r["error"]] for key, reports in found.items()}
+
+    def probes(self, asked: dict[str, dict[str, list[int]]]) -> dict[str, dict[str, Any]] | None:
+        """What requests' probes read: by key and engine's id, of the positions [from, to) that are asked for."""
+        return self.runtime.probe_rows(asked) if self.leads else None
+
+    def watch(self, data: bytes) -> None:
+        """The probes of this plan are read in every pass that statistics look at."""
+        if self.runtime.monitor is not None:
+            self.runtime.monitor.watch_probes(Plan.from_bytes(data))
+
+    def statistics(self, holder: str, received: dict[str, int]) -> dict[str, Any] | None:
+        """See :meth:`Monitor.drain`. None from ranks that do not count."""
+        monitor = self.runtime.monitor
+        return monitor.drain(holder, received) if monitor is not None and self.leads else None
 
     def stats(self) -> dict[str, Any]:
         return {"plans_resident": len(self.runtime.plans), "plan_bytes": self.runtime.plans.size}
+
+
+def _device_plans(
+    kernel: Kernel,
+    worker: Any,
+    settings: Settings,
+    widths: Mapping[Site, Mapping[int, int]],
+    shards: Mapping[Place, Shard],
+) -> DevicePlans:
+    places = sorted((Place(layer, site) for site, by_layer in widths.items() for layer in by_layer), key=_order)
+    compilation = worker.vllm_config.compilation_config
+    rows = max(worker.vllm_config.scheduler_config.max_num_batched_tokens, compilation.max_cudagraph_capture_size or 0)
+    return DevicePlans(
+        kernel, places, shards, worker.device,
+        rows=rows + PADDING, plans=settings.max_plans, nbytes=settings.plan_memory_mb * 2**20,
+    )  # fmt: skip
+
+
+def _order(place: Place) -> tuple[int, int]:
+    return place.order
 
 
 def _sum_over_ranks(partial: Tensor) -> Tensor:

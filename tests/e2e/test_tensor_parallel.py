@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.e2e import checks
+from tests.e2e.checks import PROMPT, check
 from tests.e2e.server import Server, serve
 from tests.e2e.steered import WIDE, Asked, agree, ask, matters, together
 from tests.e2e.test_oracle import assets, interventions
@@ -14,7 +16,6 @@ from tests.models.tiny import tiny_model
 from tests.oracle.hf import SITES, Oracle
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-PROMPT = [1, 40, 51, 62, 73, 84, 95, 106, 117, 128, 139, 31]
 SHARDED = ("attn_z", "mlp_post")
 ENV = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_SERVER_DEV_MODE": "1"}
 
@@ -41,10 +42,7 @@ def test_sites_are_whole(served: tuple[Server, Oracle]) -> None:
 
 @pytest.mark.parametrize("site", SITES)
 def test_ops(served: tuple[Server, Oracle], site: str) -> None:
-    server, oracle = served
-    for i, edit in enumerate(interventions(site, [0, 1, 2, 3])):
-        steering = {"interventions": [edit]}
-        check(server, oracle, steering, f"{site} #{i} {edit['op']}")
+    checks.ops(*served, site)
 
 
 @pytest.mark.parametrize("site", SHARDED)
@@ -137,9 +135,3 @@ def test_a_mixed_batch(served: tuple[Server, Oracle]) -> None:
         batch.append(Asked(PROMPT[: 5 + i], None, 4, "unsteered"))
     for request, answer in zip(batch, together(server, batch), strict=True):
         agree(answer, oracle, request.steering, request.label)
-
-
-def check(server: Server, oracle: Oracle, steering: dict[str, Any], label: str) -> None:
-    answer = ask(server, PROMPT, steering)
-    agree(answer, oracle, steering, label)
-    matters(oracle, answer, steering, label)

@@ -23,7 +23,7 @@ class Recorder(Runtime):
         self.log: list[Any] = []  # the rows of each pass, "forward" and "end"
         self.read: Callable[[int, int], Ints] | None = None
 
-    def begin(self, batch: Sequence[Scheduled], token_ids: Callable[[int, int], Ints]) -> None:
+    def begin(self, batch: Sequence[Scheduled], token_ids: Callable[[int, int], Ints], replayed: bool = False) -> None:
         self.log.append(list(batch))
         self.read = token_ids
 

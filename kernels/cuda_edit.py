@@ -1,0 +1,205 @@
+"""Edits of all rows of a batch, whatever program each has, in one launch of the CUDA C++ kernel ``cuda/edit.cu``.
+
+:func:`edit` does what :func:`steersman.kernels.reference.edit` does to each row, as :mod:`steersman.kernels.tables`
+lays programs out; :func:`edit_and_norm` does that and what a layer does next, in the place of vLLM's
+``fused_add_rms_norm``. Both run on the current stream and can be captured in a CUDA graph once :func:`prepare` has
+been called. A graph keeps addresses, shapes and ``place``; what lies in ``tables``, ``entries`` and ``gates`` is read
+at every replay, so ``gates`` and ``norms`` must be wide enough for all that will be in the tables then (a gate past
+the last column counts as closed, a norm past it is not written).
+
+A row takes 4 bytes of a block's shared memory for each of its elements, and the kernel 7 KiB beside it: that bounds
+the width, to 23 thousand elements where the GPU gives a block 99 KiB and 56 thousand where it gives 227. A wider row
+is a ValueError.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from steersman.kernels.cuda_library import library
+from steersman.kernels.tables import Tables
+
+GROUP = 8  # elements of a row that one thread owns side by side
+MAX_THREADS = 256
+ROWS_PER_PROCESSOR = 32  # blocks in a grid, so that one that has nothing to do makes room for the next
+WIDE = 16  # bytes that a thread can read at once, if they are aligned
+ARGUMENTS = struct.Struct("@10P4q7if")  # `Arguments` in edit.cu
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class Launcher(Protocol):
+    """:class:`steersman.kernels.cuda_library.Library`, or what stands in for it."""
+
+    processors: int
+    max_shared: int  # bytes, of one block
+
+    def launch(self, name: str, grid: int, threads: int, shared: int, arguments: bytes) -> None: ...
+
+
+def prepare(device: torch.device) -> None:
+    """Compiles and loads the kernels for ``device``. Raises CudaError."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    library(device)
+
+
+def edit(
+    x: Tensor,
+    residual: Tensor | None,
+    entries: Tensor,
+    tables: Tables,
+    place: int,
+    gates: Tensor | None = None,
+    norms: Tensor | None = None,
+    squares: Tensor | None = None,
+) -> None:
+    """Gives row i of ``x`` the program of ``entries[i]`` at ``place``, in place; writes nothing else.
+
+    x: [T, d] float32, bfloat16 or float16, each row contiguous, as wide as the programs at ``place``.
+    residual: the same shape and dtype; the stream that programs read is x + residual.
+    entries: [T or more] int32, entries of ``tables``; -1: the row stays as it is.
+    gates: [T or more, ``tables.gates`` or more] float32, 0 or 1; needed where a block has one.
+    norms: [T or more, ``tables.blocks`` or more] float32; of rows with a program, column b is filled with ‖Δ‖ of its
+        block b. Others are left as they are.
+    squares: [T or more] float32; of rows with a program, filled with ‖stream‖² before the edit.
+    """
+    _launch("edit", x, residual, None, 0.0, False, entries, tables, place, gates, norms, squares)
+
+
+def edit_and_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    entries: Tensor,
+    tables: Tables,
+    place: int,
+    gates: Tensor | None = None,
+    norms: Tensor | None = None,
+    squares: Tensor | None = None,
+    gemma: bool = False,
+) -> None:
+    """Edits as :func:`edit` does, then adds and normalises every row, edited or not, all in place.
+
+    With z the edited stream in float32, unrounded: ``residual`` becomes round(z) and x becomes
+    round(round(z/rms(z))·weight), rms(z) = √(mean z² + eps), as vLLM's ``ir.ops.fused_add_rms_norm`` defines it for a
+    weight in x's dtype. Its compiled kernel rounds z before it takes the mean and the quotient, so that the last bit
+    of x can differ from that one's. With ``gemma``, x becomes round(z/rms(z)·(1 + weight)), as in ``GemmaRMSNorm``.
+
+    weight: [d] in x's dtype, or None for one without.
+    """
+    if len(x) > 1 and residual.stride(0) < residual.shape[-1]:
+        raise ValueError(f"residual is written, and its rows overlap: strides {residual.stride()}")
+    if weight is not None and (weight.shape != x.shape[1:] or weight.dtype != x.dtype):
+        raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}, x {x.dtype} {tuple(x.shape)}")
+    _launch("edit_and_norm", x, residual, weight, eps, gemma, entries, tables, place, gates, norms, squares)
+
+
+# -- parts ----------------------------------------------------------------------------------------
+
+
+def _launch(
+    kind: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    gemma: bool,
+    entries: Tensor,
+    tables: Tables,
+    place: int,
+    gates: Tensor | None,
+    norms: Tensor | None,
+    squares: Tensor | None,
+) -> None:
+    dtype = NAMES.get(x.dtype)
+    if dtype is None or x.dim() != 2 or not x.shape[1]:
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; must be [rows, width] float32, bfloat16 or float16")
+    rows, width = x.shape
+    device, stride = x.device, _rows(x, "x", x)
+    if stride < width and rows > 1:
+        raise ValueError(f"x is written, and its rows overlap: strides {x.stride()}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}, x {x.dtype} {tuple(x.shape)}")
+    places = tables.starts.shape[1]
+    if not 0 <= place < places:
+        raise IndexError(f"there is no place {place}, only 0 to {places - 1}")
+    if tables.starts.device != device:
+        raise ValueError(f"the tables are on {tables.starts.device}, x on {device}")
+    if entries.dtype != torch.int32 or entries.dim() != 1 or len(entries) < rows or not entries.is_contiguous():
+        raise ValueError(f"entries is {entries.dtype} {tuple(entries.shape)}; must be int32, one for each of {rows}")
+    if gates is None and tables.gates:
+        raise ValueError("a program in the tables has a gated block, so gates must be given")
+    on: Launcher = library(device)
+    groups = -(-width // GROUP)
+    shared = 4 * GROUP * groups
+    if shared > on.max_shared:
+        most = on.max_shared // (4 * GROUP) * GROUP
+        raise ValueError(f"x is {width} wide; a kernel on this GPU edits rows of up to {most} elements")
+    if not rows:
+        return
+    residual_stride = 0 if residual is None else _rows(residual, "residual", x)
+    if weight is not None:
+        _rows(weight[None], "weight", x)
+    wide = width % GROUP == 0 and _is_wide(x, stride)
+    wide = wide and (residual is None or _is_wide(residual, residual_stride))
+    wide = wide and (weight is None or _is_wide(weight, 0))
+    arguments = ARGUMENTS.pack(
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        _on(entries, "entries", device),
+        *(tables.starts.data_ptr(), tables.code.data_ptr(), tables.vectors.data_ptr()),
+        *(_floats(gates, "gates", x, tables.gates), _floats(norms, "norms", x, tables.blocks)),
+        _floats(squares, "squares", x),
+        *(stride, residual_stride),
+        *(0 if gates is None else gates.stride(0), 0 if norms is None else norms.stride(0)),
+        *(rows, width, place, places),
+        *(0 if gates is None else gates.shape[1], 0 if norms is None else norms.shape[1]),
+        *(gemma, eps),
+    )
+    threads = min(MAX_THREADS, -(-groups // 32) * 32)
+    grid = min(rows, ROWS_PER_PROCESSOR * on.processors)
+    on.launch(f"{kind}_{dtype}_wide" if wide else f"{kind}_{dtype}", grid, threads, shared, arguments)
+
+
+def _rows(tensor: Tensor, name: str, x: Tensor) -> int:
+    """The stride of rows that are contiguous, on x's device."""
+    _on(tensor, name, x.device)
+    stride: int
+    stride, step = tensor.stride()
+    if step != 1 and tensor.shape[1] > 1:
+        raise ValueError(f"{name} has strides {tensor.stride()}; its rows must be contiguous")
+    return stride
+
+
+def _floats(tensor: Tensor | None, name: str, x: Tensor, columns: int | None = None) -> int:
+    """The address of an array with a row for each of x's, 0 without one; ``columns`` where it has two dimensions."""
+    if tensor is None:
+        return 0
+    if (
+        tensor.dtype != torch.float32
+        or tensor.dim() != (1 if columns is None else 2)
+        or len(tensor) < len(x)
+        or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1)
+        or (columns is not None and tensor.shape[1] < columns)
+    ):
+        wanted = f"[{len(x)}]" if columns is None else f"[{len(x)}, {columns}]"
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; must be float32 {wanted} or larger")
+    return _on(tensor, name, x.device)
+
+
+def _on(tensor: Tensor, name: str, device: torch.device) -> int:
+    """The address of a tensor on ``device``."""
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, x on {device}")
+    return int(tensor.data_ptr())
+
+
+def _is_wide(tensor: Tensor, stride: int) -> bool:
+    """Whether each row, ``stride`` elements after the last, can be read 16 bytes at a time."""
+    return bool(tensor.data_ptr() % WIDE == 0 and stride * tensor.element_size() % WIDE == 0)

@@ -1,0 +1,196 @@
+"""Device code of :mod:`steersman.kernels.triton_edit`, which imports it at the first launch: it needs Triton.
+
+One Triton program edits one row, whose stream it holds in registers. Loops run over what the tables say, never over
+what was known when the kernel was compiled. Every sum runs over one row in an order that depends on the width alone,
+so a row's bits do not depend on its neighbours.
+"""
+
+# mypy: ignore-errors
+# Triton's functions are typed by what they are launched with.
+
+import triton
+import triton.language as tl
+
+from steersman.kernels import tables
+
+RELATIVE = tl.constexpr(tables.RELATIVE)
+ONLY_IF_ACTIVE = tl.constexpr(tables.ONLY_IF_ACTIVE)
+PRESERVE_NORM = tl.constexpr(tables.PRESERVE_NORM)
+READS = tl.constexpr(tables.READS)
+READ_COLUMNS = tl.constexpr(tables.READ_COLUMNS)
+WRITE_COLUMNS = tl.constexpr(tables.WRITE_COLUMNS)
+LOCAL = tl.constexpr(tables.LOCAL)
+PROGRAM_WORDS = tl.constexpr(tables.PROGRAM_WORDS)
+BLOCK_WORDS = tl.constexpr(tables.BLOCK_WORDS)
+ROW_WORDS = tl.constexpr(tables.ROW_WORDS)
+UNIT = tl.constexpr(tables.UNIT)
+
+
+@triton.jit
+def _norm(stream):
+    return tl.sqrt_rn(tl.sum(stream * stream, 0))
+
+
+@triton.jit
+def _step(t, row, flags):
+    """a' - a of a row of a block, for the coordinate t; both may be one or many."""
+    bias = tl.load(row + 2).to(tl.float32, bitcast=True)
+    threshold = tl.load(row + 3).to(tl.float32, bitcast=True)
+    gain = tl.load(row + 4).to(tl.float32, bitcast=True)
+    offset = tl.load(row + 5).to(tl.float32, bitcast=True)
+    low = tl.load(row + 6).to(tl.float32, bitcast=True)
+    high = tl.load(row + 7).to(tl.float32, bitcast=True)
+    p = t + bias
+    active = p > threshold
+    a = tl.where(active, p, 0.0)
+    new = gain * a + offset
+    new = tl.where(new < low, low, new)  # as minimum and maximum, but a NaN stays one
+    new = tl.where(new > high, high, new)
+    return tl.where(active | ((flags & ONLY_IF_ACTIVE) == 0), new - a, 0.0)
+
+
+@triton.jit
+def _direction(name, is_column, vectors, columns, inside):
+    """[BLOCK] float32, what a row's word names: a column's unit vector or a stored direction."""
+    if is_column != 0:
+        direction = (columns == name).to(tl.float32)
+    else:
+        direction = tl.load(vectors + name.to(tl.int64) * UNIT + columns, mask=inside, other=0.0)
+    return direction
+
+
+@triton.jit
+def _move_rows(stream, change, columns, inside, rows, count, vectors, flags, scale):
+    """``change`` with what a block's rows add to it, row by row; all of them read ``stream``."""
+    for j in range(count):
+        row = rows + j * ROW_WORDS
+        t = tl.zeros_like(scale)
+        if (flags & READS) != 0:
+            read = _direction(tl.load(row), flags & READ_COLUMNS, vectors, columns, inside)
+            t = tl.sum(stream * read, 0)
+        step = _step(t, row, flags) * scale
+        change += step * _direction(tl.load(row + 1), flags & WRITE_COLUMNS, vectors, columns, inside)
+    return change
+
+
+@triton.jit
+def _move_columns(stream, change, columns, rows, count, flags, scale):
+    """The same where no row reads another column than it writes: each lane runs the rows of its own column."""
+    rank = tl.zeros_like(columns)  # how many rows name a lower column: they are sorted
+    half = tl.full([], 1, tl.int32)
+    while half * 2 <= count:
+        half = half * 2
+    while half > 0:
+        probe = rank + half
+        named = tl.load(rows + (probe - 1) * ROW_WORDS + 1, mask=probe <= count, other=0)
+        rank = tl.where((probe <= count) & (named < columns), probe, rank)
+        half = half // 2
+    mine = tl.load(rows + rank * ROW_WORDS + 1, mask=rank < count, other=-1) == columns
+    while tl.max(mine.to(tl.int32), 0) > 0:
+        t = tl.where((flags & READS) != 0, stream, 0.0)
+        step = _step(t, rows + tl.where(mine, rank, 0) * ROW_WORDS, flags) * scale
+        change += tl.where(mine, step, 0.0)
+        rank += 1
+        mine = tl.load(rows + rank * ROW_WORDS + 1, mask=rank < count, other=-1) == columns
+    return change
+
+
+@triton.jit
+def _change(base, columns, inside, program, vectors, gates, gates_columns, norms, norms_columns):
+    """[BLOCK] float32, what a program does to the row whose stream is ``base``. ``gates`` and ``norms``: the row's."""
+    change = tl.zeros_like(base)
+    block = program + PROGRAM_WORDS
+    last = tl.full([], -1, tl.int32)  # index of the block before
+    square = tl.full([], 0.0, tl.float32)  # of the size of the block's parts so far
+    for _ in range(tl.load(program)):
+        flags = tl.load(block)
+        count = tl.load(block + 1)
+        gate = tl.load(block + 2)
+        index = tl.load(block + 3)
+        rows = block + BLOCK_WORDS
+        block = rows + count * ROW_WORDS
+        scale = tl.where(gate < 0, 1.0, 0.0)
+        if gates is not None:
+            scale = tl.load(gates + gate, mask=(gate >= 0) & (gate < gates_columns), other=scale)
+        before = change
+        if scale != 0.0:
+            stream = base + change
+            length = tl.zeros_like(scale)
+            if (flags & (RELATIVE | PRESERVE_NORM)) != 0:
+                length = _norm(stream)
+            if (flags & RELATIVE) != 0:
+                scale *= length
+            if (flags & LOCAL) != 0:
+                change = _move_columns(stream, change, columns, rows, count, flags, scale)
+            else:
+                change = _move_rows(stream, change, columns, inside, rows, count, vectors, flags, scale)
+            if (flags & PRESERVE_NORM) != 0:
+                after = _norm(base + change)
+                if after > 0.0:
+                    ratio = tl.div_rn(length, after)
+                    change = ratio * change + (ratio - 1.0) * base
+        if norms is not None:
+            moved = change - before
+            square = tl.where(index == last, square, 0.0) + tl.sum(moved * moved, 0)
+            tl.store(norms + index, tl.sqrt_rn(square), mask=index < norms_columns)
+            last = index
+    return change
+
+
+@triton.jit(do_not_specialize=["place", "places", "gates_columns", "norms_columns"])
+def edit(
+    x,  # [T, WIDTH] any float
+    residual,  # the same, or None
+    weight,  # [WIDTH] any float, or None
+    entries,  # [T] int32
+    starts,  # [entries, places] int32
+    code,  # [words] int32
+    vectors,  # [floats] float32
+    gates,  # [T, gates_columns] float32, or None
+    norms,  # [T, norms_columns] float32, or None
+    squares,  # [T] float32, or None
+    place,
+    places,
+    x_stride,
+    residual_stride,
+    gates_stride,
+    gates_columns,
+    norms_stride,
+    norms_columns,
+    eps,
+    NORM: tl.constexpr,  # whether the RMSNorm follows, for every row
+    GEMMA: tl.constexpr,  # with a weight less by 1, and one rounding less
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    entry = tl.load(entries + i)
+    start = tl.load(starts + entry * places + place, mask=entry >= 0, other=0)
+    if NORM or start > 0:
+        columns = tl.arange(0, BLOCK)
+        inside = columns < WIDTH
+        own = tl.load(x + i * x_stride + columns, mask=inside, other=0.0)
+        stream = own.to(tl.float32)
+        if residual is not None:
+            stream += tl.load(residual + i * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        change = tl.zeros_like(stream)
+        if start > 0:
+            if squares is not None:
+                tl.store(squares + i, tl.sum(stream * stream, 0))
+            row_gates = None if gates is None else gates + i * gates_stride
+            row_norms = None if norms is None else norms + i * norms_stride
+            change = _change(
+                stream, columns, inside, code + start, vectors, row_gates, gates_columns, row_norms, norms_columns
+            )
+        if NORM:
+            stream += change
+            tl.store(residual + i * residual_stride + columns, stream.to(own.dtype), mask=inside)
+            new = tl.div_rn(stream, tl.sqrt_rn(tl.div_rn(tl.sum(stream * stream, 0), WIDTH * 1.0) + eps))
+            if weight is not None:
+                factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+                new = new * (1.0 + factor) if GEMMA else new.to(own.dtype).to(tl.float32) * factor
+            new = new.to(own.dtype)
+        else:
+            # What does not move keeps its bits: -0 and NaN are not the same after an addition of 0.
+            new = tl.where(change != 0.0, (own.to(tl.float32) + change).to(own.dtype), own)
+        tl.store(x + i * x_stride + columns, new, mask=inside)

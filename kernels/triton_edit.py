@@ -1,0 +1,170 @@
+"""Edits of all rows of a batch, whatever program each has, in one launch of a Triton kernel.
+
+:func:`edit` does what :func:`steersman.kernels.reference.edit` does to each row, as :mod:`steersman.kernels.tables`
+lays programs out; :func:`edit_and_norm` does that and what a layer does next, in the place of vLLM's
+``fused_add_rms_norm``. Nothing here waits for the device, allocates or depends on which program a row has, so both can
+be captured in a CUDA graph, after a first launch for the width, the dtype and the optional arguments, which compiles.
+A graph keeps addresses, shapes and ``place``; what lies in ``tables``, ``entries`` and ``gates`` is read at every
+replay, so ``gates`` and ``norms`` must be wide enough for all that will be in the tables then (a gate past the last
+column counts as closed, a norm past it is not written).
+
+Triton is imported by :func:`prepare` or at the first launch; :mod:`steersman.kernels.triton_device` holds the device
+code.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steersman.kernels.program import Program
+from steersman.kernels.tables import Tables
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LANES_PER_WARP = 256  # 8 elements a thread
+MAX_WARPS = 32  # a GPU's; the widest rows have more elements a thread, and spill
+
+
+def prepare(device: torch.device) -> None:
+    """Edits a row on ``device``. Raises what Triton does where it does not work, and RuntimeError on a CPU."""
+    if device.type == "cpu" and not _device().triton.knobs.runtime.interpret:
+        raise RuntimeError("Triton runs on a CPU only under TRITON_INTERPRET=1, set before it is imported")
+    tables = Tables(1, device, entries=1, words=8, floats=4)
+    entries = torch.full((1,), tables.add({0: Program((), 4)}), dtype=torch.int32, device=device)
+    edit(torch.zeros(1, 4, device=device), None, entries, tables, 0)
+
+
+def edit(
+    x: Tensor,
+    residual: Tensor | None,
+    entries: Tensor,
+    tables: Tables,
+    place: int,
+    gates: Tensor | None = None,
+    norms: Tensor | None = None,
+    squares: Tensor | None = None,
+) -> None:
+    """Gives row i of ``x`` the program of ``entries[i]`` at ``place``, in place; writes nothing else.
+
+    x: [T, d] float32, bfloat16 or float16, each row contiguous, as wide as the programs at ``place``. A row becomes
+        round(x + (stream' - stream)), all else in float32.
+    residual: the same shape and dtype; the stream that programs read is x + residual.
+    entries: [T or more] int32, entries of ``tables``; -1: the row stays as it is.
+    gates: [T or more, ``tables.gates`` or more] float32, 0 or 1; needed where a block has one.
+    norms: [T or more, ``tables.blocks`` or more] float32; of rows with a program, column b is filled with ‖Δ‖ of its
+        block b. Others are left as they are.
+    squares: [T or more] float32; of rows with a program, filled with ‖stream‖² before the edit.
+    """
+    _launch(x, residual, None, entries, tables, place, gates, norms, squares, 0.0, False, False)
+
+
+def edit_and_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    entries: Tensor,
+    tables: Tables,
+    place: int,
+    gates: Tensor | None = None,
+    norms: Tensor | None = None,
+    squares: Tensor | None = None,
+    gemma: bool = False,
+) -> None:
+    """Edits as :func:`edit` does, then adds and normalises every row, edited or not, all in place.
+
+    With z the edited stream in float32, unrounded: ``residual`` becomes round(z) and x becomes
+    round(round(z/rms(z))·weight), rms(z) = √(mean z² + eps), as vLLM's ``ir.ops.fused_add_rms_norm`` defines it for a
+    weight in x's dtype. With ``gemma``, x becomes round(z/rms(z)·(1 + weight)), as in ``GemmaRMSNorm``. Another kernel
+    for the norm gives other last bits: use this one for all passes of a model or for none.
+
+    weight: [d] in x's dtype, or None for one without. The other arguments are those of :func:`edit`.
+    """
+    if weight is not None and (weight.shape != x.shape[1:] or weight.dtype != x.dtype or not weight.is_contiguous()):
+        raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}, x {x.dtype} {tuple(x.shape)}")
+    _launch(x, residual, weight, entries, tables, place, gates, norms, squares, eps, True, gemma)
+
+
+# -- parts ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _device() -> Any:
+    from steersman.kernels import triton_device
+
+    return triton_device
+
+
+@functools.cache
+def shape(width: int) -> tuple[int, int]:
+    """(lanes, warps) of the Triton program that edits one row."""
+    lanes = 1 << (width - 1).bit_length()
+    return lanes, min(max(lanes // LANES_PER_WARP, 4), MAX_WARPS)
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    entries: Tensor,
+    tables: Tables,
+    place: int,
+    gates: Tensor | None,
+    norms: Tensor | None,
+    squares: Tensor | None,
+    eps: float,
+    norm: bool,
+    gemma: bool,
+) -> None:
+    if x.dtype not in FLOATS or x.dim() != 2 or not x.shape[1]:
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; must be [rows, width] float32, bfloat16 or float16")
+    rows, width = x.shape
+    stride, step = x.stride()
+    if step != 1 and width > 1:
+        raise ValueError(f"x has strides {x.stride()}; its rows must be contiguous")
+    if residual is not None and (
+        residual.shape != x.shape or residual.dtype != x.dtype or (residual.stride(1) != 1 and width > 1)
+    ):
+        raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}, x {x.dtype} {tuple(x.shape)}")
+    places = tables.starts.shape[1]
+    if not 0 <= place < places:
+        raise IndexError(f"there is no place {place}, only 0 to {places - 1}")
+    if not tables.starts.device == entries.device == x.device:
+        raise ValueError(f"the tables are on {tables.starts.device}, entries on {entries.device}, x on {x.device}")
+    if entries.dtype != torch.int32 or entries.dim() != 1 or len(entries) < rows or not entries.is_contiguous():
+        raise ValueError(f"entries is {entries.dtype} {tuple(entries.shape)}; must be int32, one for each of {rows}")
+    if gates is None and tables.gates:
+        raise ValueError("a program in the tables has a gated block, so gates must be given")
+    _check("gates", gates, rows, tables.gates)
+    _check("norms", norms, rows, tables.blocks)
+    _check("squares", squares, rows, None)
+    if not rows:
+        return
+    lanes, warps = shape(width)
+    _device().edit[(rows,)](
+        *(x, residual, weight, entries, tables.starts, tables.code, tables.vectors, gates, norms, squares),
+        *(place, places, stride, 0 if residual is None else residual.stride(0)),
+        *((0, 0) if gates is None else (gates.stride(0), gates.shape[1])),
+        *((0, 0) if norms is None else (norms.stride(0), norms.shape[1])),
+        *(eps, norm, gemma, width, lanes),
+        num_warps=warps,
+        enable_fp_fusion=True,  # not left to Triton, whose default depends on its version
+    )
+
+
+def _check(name: str, array: Tensor | None, rows: int, columns: int | None) -> None:
+    """Of an array with a row for each of x's; ``columns`` where it has two dimensions."""
+    if array is None:
+        return
+    if (
+        array.dtype != torch.float32
+        or array.dim() != (1 if columns is None else 2)
+        or len(array) < rows
+        or (array.shape[-1] > 1 and array.stride(-1) != 1)
+        or (columns is not None and array.shape[1] < columns)
+    ):
+        wanted = f"[{rows}]" if columns is None else f"[{rows}, {columns}]"
+        raise ValueError(f"{name} is {array.dtype} {tuple(array.shape)}; must be float32 {wanted} or larger")

@@ -1,0 +1,167 @@
+"""Edits on a GPU: plans in tables on the device, and one kernel launch for all rows at a place.
+
+The host's work per step is one small copy, the entry of each row, and only when the batch's composition has
+changed. Everything that a kernel reads stays at its address, so that launches can be captured in CUDA graphs;
+copies are queued on the current stream, before the pass that needs them.
+
+What needs the host between two layers stays with :mod:`steersman.server.engine.layout`: gates, probes, and programs
+whose dots or norms are partial sums over tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steersman.kernels.program import Program
+from steersman.kernels.tables import NONE, Tables, TablesFull, supports
+from steersman.server.engine.layout import Run, Work
+from steersman.server.engine.resident import Resident, Shard
+from steersman.steering.errors import CapacityExceeded
+from steersman.steering.plan import Place
+from steersman.steering.sites import Site
+
+FLOATS_PER_WORD = 4  # of directions, for one word of programs
+ENTRIES_PER_PLAN = 2  # sets of interventions that a plan's tokens combine, on average
+
+
+class Kernel(Protocol):
+    """``kernels.triton_edit.edit`` or ``kernels.cuda_edit.edit``; see there."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        entries: Tensor,
+        tables: Tables,
+        place: int,
+        *,
+        norms: Tensor | None = None,
+        squares: Tensor | None = None,
+    ) -> None: ...
+
+
+class _Entry(NamedTuple):
+    number: int
+    places: frozenset[Place]
+
+
+class DevicePlans:
+    """The plans of one rank on its device, and which entry each row of the batch has in this pass."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        places: Sequence[Place],
+        shards: Mapping[Place, Shard],
+        device: torch.device,
+        *,
+        rows: int,
+        plans: int,
+        nbytes: int,
+    ) -> None:
+        """``rows``: of the largest batch. ``nbytes``: what directions may take; programs take a quarter more."""
+        self._kernel = kernel
+        self._index = {place: i for i, place in enumerate(places)}
+        self._shards = shards
+        floats = nbytes // 4
+        self.tables = Tables(
+            len(places), device, entries=ENTRIES_PER_PLAN * plans, words=floats // FLOATS_PER_WORD, floats=floats
+        )
+        self.entries = torch.full((rows,), NONE, dtype=torch.int32, device=device)
+        self.places: frozenset[Place] = frozenset()  # where some row of this pass is edited
+        self.sites: frozenset[Site] = frozenset()  # and at which sites
+        self._filled = 0  # rows of ``entries`` that may name one
+        self._laid_out: tuple[Run, ...] = ()
+        self._found: tuple[frozenset[Place], frozenset[Site]] = frozenset(), frozenset()
+        self._kept: OrderedDict[tuple[Resident, int], _Entry] = OrderedDict()
+
+    def takes(self, resident: Resident) -> bool:
+        """Whether the plan's edits need nothing of the host while a pass runs."""
+        return not resident.reads and all(
+            supports(Program(tuple(blocks), blocks[0].write.width), place in self._shards)
+            for place, blocks in resident.plan.blocks.items()
+        )
+
+    def lay_out(self, runs: Sequence[Run]) -> None:
+        """The coming pass edits these rows. Raises CapacityExceeded where the tables cannot hold them all at once."""
+        key = tuple(runs)
+        if key != self._laid_out:
+            self._laid_out = ()
+            entries = np.full(max(self._filled, max((r.end for r in runs), default=0)), NONE, np.int32)
+            found = self._entries({(r.resident, r.mask) for r in runs})
+            for run in runs:
+                entries[run.first : run.end] = found[run.resident, run.mask].number
+            self._fill(entries)
+            self._laid_out = key
+            places = frozenset[Place]().union(*(e.places for e in found.values()))
+            self._found = places, frozenset(place.site for place in places)
+        self.places, self.sites = self._found
+
+    def rest(self) -> None:
+        """No pass is running. The entries stay: without :attr:`places` nothing is launched that would read them."""
+        self.places, self.sites = frozenset(), frozenset()
+
+    def edit(self, place: Place, x: Tensor, residual: Tensor | None) -> None:
+        """Edits the rows of x [T, d] in place."""
+        self._kernel(x, residual, self.entries, self.tables, self._index[place])
+
+    def edit_and_measure(self, place: Place, x: Tensor, residual: Tensor | None, work: Work) -> Tensor:
+        """The same; [rows, n_blocks] how large each block's edit was beside the stream, for the rows of ``work``."""
+        blocks = work.interventions.shape[1]
+        norms = torch.zeros(len(x), max(blocks, self.tables.blocks), device=x.device)
+        squares = torch.zeros(len(x), device=x.device)
+        self._kernel(x, residual, self.entries, self.tables, self._index[place], norms=norms, squares=squares)
+        rows = torch.from_numpy(work.rows).to(x.device)
+        return norms[rows, :blocks] / squares[rows].sqrt().clamp_min(1e-30)[:, None]
+
+    def at(self, sites: Collection[Site]) -> frozenset[Place]:
+        return frozenset(place for place in self._index if place.site in sites)
+
+    def drop(self, resident: Resident) -> None:
+        """The plan is resident no more."""
+        for key in [k for k in self._kept if k[0] is resident]:
+            self._remove(key)
+
+    # -- parts ------------------------------------------------------------------------------------
+
+    def _entries(self, needed: Collection[tuple[Resident, int]]) -> dict[tuple[Resident, int], _Entry]:
+        out = {}
+        for key in needed:
+            entry = self._kept.get(key)
+            while entry is None:
+                try:
+                    entry = self._kept[key] = self._add(*key)
+                except TablesFull as error:
+                    self._make_room(needed, error)
+            self._kept.move_to_end(key)
+            out[key] = entry
+        return out
+
+    def _add(self, resident: Resident, mask: int) -> _Entry:
+        programs = resident.programs(mask)
+        index = self.tables.add({self._index[place]: program for place, program in programs.items()})
+        return _Entry(index, frozenset(programs))
+
+    def _make_room(self, needed: Collection[tuple[Resident, int]], error: TablesFull) -> None:
+        oldest = next((key for key in self._kept if key not in needed), None)
+        if oldest is None:
+            raise CapacityExceeded(f"the plans of this batch do not fit on the device together: {error}")
+        self._remove(oldest)
+
+    def _remove(self, key: tuple[Resident, int]) -> None:
+        self.tables.remove(self._kept.pop(key).number)
+        self._laid_out = ()  # the index may come to mean another plan
+
+    def _fill(self, entries: Any) -> None:
+        source = torch.from_numpy(entries)
+        if self.entries.is_cuda:
+            source = source.pin_memory()
+        self.entries[: len(entries)].copy_(source, non_blocking=True)
+        named = np.flatnonzero(entries != NONE)
+        self._filled = int(named[-1]) + 1 if len(named) else 0

@@ -1,0 +1,153 @@
+"""What a device kernel's ``edit`` must do to a batch, whichever kernel and device it is."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steersman.kernels.program import Program
+from steersman.kernels.reference import edit as reference
+from steersman.kernels.tables import NONE, Tables
+from tests.kernels.programs import gates_of, vector
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of a rounding, relative
+SMALLEST = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-25}  # of a rounding among subnormals
+SUMS = 1e-5  # float32 sums, relative to the lengths of the rows that they are made of
+POISON = -77.0
+PLACES, PLACE = 3, 1
+
+Edit = Callable[..., None]
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+@dataclass
+class Batch:
+    """Rows inside a larger array whose other cells must stay as they are, and an entry for each."""
+
+    device: str
+    programs: Sequence[Program | None]  # of each row at PLACE, None: not edited
+    x: Tensor
+    residual: Tensor | None
+    whole: Tensor
+    tables: Tables
+    entries: Tensor
+    gates: Tensor
+    norms: Tensor  # a column and a row more than needed
+    squares: Tensor
+
+    @classmethod
+    def make(
+        cls,
+        device: str,
+        programs: Sequence[Program | None],
+        d: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        with_residual: bool = True,
+        gap: int = 16,
+        seed: int = 0,
+    ) -> "Batch":
+        """``gap``: cells between the rows, half of them before the first."""
+        g, n = torch.Generator().manual_seed(seed), len(programs)
+        whole = vector(g, n + 2, d + gap).to(dtype).to(device)
+        residual = (vector(g, n, d + gap) * 3).to(dtype).to(device)[:, gap // 2 : gap // 2 + d]
+        tables, entries = fill(device, programs)
+        x = whole[1 : n + 1, gap // 2 : gap // 2 + d]
+        gates = gates_of(n, seed).to(device)
+        norms, squares = torch.empty(n + 1, tables.blocks + 1), torch.empty(n + 1)
+        return cls(
+            device,
+            programs,
+            x,
+            residual if with_residual else None,
+            whole,
+            tables,
+            entries,
+            gates,
+            norms.to(device),
+            squares.to(device),
+        )
+
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        """``norms`` and ``squares``, poisoned."""
+        return self.norms.fill_(POISON), self.squares.fill_(POISON)
+
+    def check(self, edit: Edit, steps: float = 0.5) -> None:
+        """Edits the rows, without and with sizes, and holds every cell against the reference in float64.
+
+        ``steps``: the most that the one rounding may be off, in units in the last place.
+        """
+        before = self.whole.clone()
+        edit(self.x, self.residual, self.entries, self.tables, PLACE, self.gates)
+        plain = self.whole.clone()
+        self.whole.copy_(before)
+        norms, squares = self.sizes()
+        edit(self.x, self.residual, self.entries, self.tables, PLACE, self.gates, norms, squares)
+        assert torch.equal(bits(self.whole), bits(plain)), "measuring changes nothing"
+        old = self.x.clone()
+        new = self.x.cpu().clone()
+        old.copy_(before.as_strided(self.x.shape, self.x.stride(), self.x.storage_offset()))
+        self.x.copy_(old)
+        assert torch.equal(bits(self.whole), bits(before)), "nothing but the rows is written"
+        self._check_rows(old.cpu(), new, norms.cpu(), squares.cpu(), 2.02 * steps)
+
+    def _check_rows(self, old: Tensor, new: Tensor, norms: Tensor, squares: Tensor, slack: float) -> None:
+        residual = None if self.residual is None else self.residual.cpu()
+        for i, program in enumerate(self.programs):
+            blocks = 0 if program is None else len(program.blocks)
+            assert (norms[i, blocks:] == POISON).all()
+            if program is None:
+                assert torch.equal(bits(new[i]), bits(old[i]))
+                assert squares[i] == POISON
+                continue
+            want, sizes, stream = self.wanted(i, program, old[i : i + 1], residual)
+            length = 2 * stream.norm() + sizes.sum() + old[i].double().norm()
+            rounding = HALF_STEP[new.dtype] * want.abs() + SMALLEST[new.dtype]
+            assert ((new[i].double() - want).abs() <= slack * rounding + SUMS * length).all()
+            assert ((norms[i, :blocks] - sizes).abs() <= 1e-4 * sizes + SUMS * length).all()
+            torch.testing.assert_close(squares[i].double(), stream.square().sum(), rtol=1e-5, atol=0)
+        assert (norms[len(self.programs) :] == POISON).all()
+        assert (squares[len(self.programs) :] == POISON).all()
+
+    def wanted(self, i: int, program: Program, own: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Row i after the edit, the size of each block's change, and the stream before, in float64."""
+        own = own.double()
+        stream = own if residual is None else own + residual[i : i + 1].double()
+        sizes = stream.new_zeros(1, len(program.blocks))
+        delta = reference(stream, program, self.gates[i : i + 1].cpu(), sizes)
+        return (own + delta)[0], sizes[0], stream[0]
+
+
+def fill(device: str, programs: Sequence[Program | None]) -> tuple[Tables, Tensor]:
+    """Tables with each program once at PLACE (and another one elsewhere), and the entries of the rows."""
+    distinct = {id(p): p for p in programs if p is not None}
+    # Twice what is needed, from 1000 words or floats on.
+    words = 1000 + 2 * sum(8 * p.rows + 4 * len(p.blocks) + 4096 for p in distinct.values())
+    floats = 1000 + 4 * sum(p.rows * (p.width + 4) for p in distinct.values() if any(_is_dense(b) for b in p.blocks))
+    tables = Tables(PLACES, torch.device(device), entries=len(distinct) + 2, words=words, floats=floats)
+    other = Program((), next(iter(distinct.values())).width) if distinct else Program((), 1)
+    nowhere = tables.add({PLACE + 1: other})  # an entry with nothing at PLACE
+    index = {key: tables.add({PLACE: p, PLACE - 1: other}) for key, p in distinct.items()}
+    rng = random.Random(len(programs))
+    named = [index[id(p)] if p is not None else rng.choice([NONE, nowhere]) for p in programs]
+    return tables, torch.tensor([*named, NONE], dtype=torch.int32, device=device)
+
+
+def _is_dense(block: object) -> bool:
+    rows = (block.write, block.read)  # type: ignore[attr-defined]
+    return any(r is not None and r.dense is not None for r in rows)
+
+
+def deal(programs: Sequence[Program], n: int, seed: int) -> list[Program | None]:
+    """A program or none for each of n rows, in no order, every one of them at least once where there is room."""
+    rng = random.Random(seed)
+    hands: list[Program | None] = [*programs, None]
+    dealt = hands[:n] + [rng.choice(hands) for _ in range(n - len(hands))]
+    rng.shuffle(dealt)
+    return dealt

@@ -1,0 +1,182 @@
+"""Plans in tables on a device do what the host does between the layers. The kernel here is plain torch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from steersman.server.engine import runtime as module
+from steersman.server.engine.device import DevicePlans
+from steersman.server.engine.runtime import Runtime
+from steersman.steering.plan import Place, Plan
+from steersman.steering.sites import Site
+from tests.kernels import table_reader
+from tests.server.engine.plans import KINDS, add, plan
+from tests.server.engine.toy import POST, PRE, Piece, Toy, alone, report
+from tests.steering.library import LAYERS, plan_of
+
+PLACES = [Place(layer, site) for layer in range(LAYERS) for site in (PRE, POST)]
+PROMPT = [3, 5, 9, 4, 1, 12, 2, 20]
+IDS = [*PROMPT, 6, 5, 9, 1, 2, 30, 3, 11]
+P = len(PROMPT)
+ON_HOST = {"token-gate", "hold", "late-hold", "prompt-mean", "last-prompt", "gated-reads"}
+
+
+def on_device(plans: int = 64, nbytes: int = 2**20, **kwargs: Any) -> Runtime:
+    runtime = Runtime(**kwargs)
+    cpu = torch.device("cpu")
+    runtime.use_device(
+        DevicePlans(table_reader.edit, PLACES, runtime.shards, cpu, rows=128, plans=plans, nbytes=nbytes)
+    )
+    return runtime
+
+
+def device_of(runtime: Runtime) -> DevicePlans:
+    assert runtime.device is not None
+    return runtime.device
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(module, "MEASURE_EVERY", 1)
+    return
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_mixed_batch_is_edited_as_on_the_host(split: bool) -> None:
+    plans: dict[str, Plan | None] = {**{name: plan(name) for name in KINDS}, "plain": None}
+    runtime = on_device()
+    toy = Toy(runtime, split=split)
+    for name, its_plan in plans.items():
+        toy.add(name, its_plan, PROMPT)
+    out = [toy.run(*(Piece(name, a, IDS[a:b]) for name in plans)) for a, b in ((0, 3), (3, P), (P, P + 1), (P + 1, 13))]
+    for name, its_plan in plans.items():
+        want = alone(its_plan, IDS[:13], P, [3], split=split)
+        torch.testing.assert_close(torch.cat([o[name] for o in out]), want, atol=2e-5, rtol=1e-5)
+    found = {s.request_id: s.resident.on_device for s in runtime.requests.values() if s.resident}
+    assert {name for name, device in found.items() if not device} == ON_HOST
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - ON_HOST))
+def test_edits_are_measured_as_on_the_host(kind: str) -> None:
+    reports = []
+    for runtime in (on_device(), Runtime()):
+        toy = Toy(runtime)
+        toy.add("r", plan(kind), PROMPT)
+        toy.complete("r", IDS, P)
+        reports.append(report(runtime, "r"))
+    device, host = reports
+    assert host["relative"]
+    assert device["edited"] == host["edited"]
+    assert [[*r[:-2]] for r in device["relative"]] == [[*r[:-2]] for r in host["relative"]]
+    for mine, theirs in zip(device["relative"], host["relative"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def test_what_a_graph_replays_is_laid_out_before_and_not_touched_by_the_host() -> None:
+    """A pass that replays graphs runs no Python of ours: all it reads are the entries."""
+    runtime = on_device()
+    toy = Toy(runtime)
+    toy.add("a", plan_of(add(0, 1)), PROMPT)
+    toy.add("b", plan_of(add(1, 2)), PROMPT)
+    toy.run(Piece("a", 0, PROMPT[:2]), Piece("b", 0, PROMPT[:3]))
+    device = device_of(runtime)
+    first = device.entries[:6].tolist()
+    assert first[0] == first[1] != first[2] == first[3] == first[4]
+    assert first[5] == -1
+    toy.run(Piece("b", 3, PROMPT[3:4]))
+    assert device.entries[:5].tolist() == [first[2], -1, -1, -1, -1]  # what the last pass left is gone
+    assert device.places == frozenset()
+
+
+def test_while_a_graph_is_captured_every_place_of_its_sites_is_launched() -> None:
+    runtime = on_device()
+    launched: list[Place] = []
+    device_of(runtime).edit = lambda place, x, residual: launched.append(place)  # type: ignore[method-assign]
+    x = torch.zeros(4, 8)
+    for sites, want in ((set(), []), ({POST}, PLACES[1::2]), ({PRE, POST}, PLACES)):
+        launched.clear()
+        with runtime.capturing(sites):
+            for place in PLACES:
+                if runtime.live and place in runtime.wanted:
+                    runtime.apply(place, x)
+        assert launched == want
+    assert not runtime.live
+
+
+def test_an_error_while_a_graph_is_captured_is_not_swallowed() -> None:
+    runtime = on_device()
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    device_of(runtime).edit = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="no such kernel"), runtime.capturing({POST}):
+        runtime.apply(PLACES[1], torch.zeros(4, 8))
+
+
+def test_only_plans_that_need_no_host_can_be_replayed() -> None:
+    runtime = on_device()
+    toy = Toy(runtime)
+    for name in ("add", "token-gate"):
+        toy.add(name, plan(name), PROMPT)
+    assert not runtime.needs_host(["add", "unknown"])
+    assert runtime.needs_host(["add", "token-gate"])
+    assert Runtime().needs_host([]) is False
+
+
+def test_plans_make_room_for_each_other_least_recently_used_first() -> None:
+    runtime = on_device(plans=2)  # entries for 4 plans of one set of interventions each
+    toy = Toy(runtime)
+    want = {f"r{i}": alone(plan_of(add(i, 1)), PROMPT, P) for i in range(7)}
+    for i, (name, x) in enumerate(want.items()):
+        toy.add(name, plan_of(add(i, 1)), PROMPT)
+        torch.testing.assert_close(toy.run(Piece(name, 0, PROMPT))[name], x)
+    assert len(device_of(runtime).tables) == 4
+    together = toy.run(*(Piece(f"r{i}", 0, PROMPT) for i in (0, 3, 6)))
+    for name, x in together.items():
+        torch.testing.assert_close(x, want[name])
+
+
+def test_a_batch_whose_plans_do_not_fit_fails_those_requests_and_nothing_else() -> None:
+    runtime = on_device(plans=1)
+    toy = Toy(runtime)
+    for i in range(3):
+        toy.add(f"r{i}", plan_of(add(i, 1)), PROMPT)
+    toy.add("gated", plan("token-gate"), PROMPT)
+    out = toy.run(*(Piece(name, 0, PROMPT) for name in ("r0", "r1", "r2", "gated")))
+    for i in range(3):
+        assert "do not fit" in report(runtime, f"r{i}")["error"]
+    assert report(runtime, "gated")["error"] is None
+    torch.testing.assert_close(out["gated"], alone(plan("token-gate"), PROMPT, P))
+    again = toy.run(Piece("r1", 0, PROMPT))["r1"]  # alone there is room
+    torch.testing.assert_close(again, alone(plan_of(add(1, 1)), PROMPT, P))
+
+
+def test_a_plan_that_is_dropped_gives_back_its_entries() -> None:
+    runtime = on_device(limit=1)
+    toy = Toy(runtime)
+    for i in range(5):
+        toy.add(f"r{i}", plan_of(add(i, 1)), PROMPT)
+        toy.run(Piece(f"r{i}", 0, PROMPT))
+        resident = runtime.requests[f"r{i}"].resident
+        runtime.remove_request(f"r{i}")
+        assert resident is not None
+        runtime.plans.release([resident.plan.id], "http")
+    assert len(runtime.plans) == len(device_of(runtime).tables) == 1
+
+
+def test_sites_of_a_pass_name_its_level() -> None:
+    runtime = on_device()
+    toy = Toy(runtime)
+    seen: list[frozenset[Site]] = []
+    device = device_of(runtime)
+    plain = device.lay_out
+    device.lay_out = lambda runs: (plain(runs), seen.append(device.sites))[0]  # type: ignore[method-assign,func-returns-value]
+    toy.add("post", plan_of(add(0, 1)), PROMPT)
+    toy.add("pre", plan_of(add(0, 1, site="resid_pre")), PROMPT)
+    toy.run(Piece("post", 0, PROMPT))
+    toy.run(Piece("post", 0, PROMPT), Piece("pre", 0, PROMPT))
+    assert seen == [{POST}, {PRE, POST}]
