@@ -18,7 +18,7 @@ PIP_INSTALL = -m pip install --progress-bar off $(if $(TORCH_INDEX),--extra-inde
 INSTALLED = $(VENV)/.installed-$(ENGINE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install mend lock demo serve test test-gpu gpu lint format bench clean
+.PHONY: help install mend lock demo serve test test-gpu gpu lint cuda-check format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,20 +65,31 @@ test: install ## all tests that need no GPU (ARGS="-k name" for some)
 test-gpu: install ## the tests that need a CUDA GPU
 	$(PY) -m pytest -m gpu $(ARGS)
 
-gpu: test-gpu ## the same
+SHAPES := llama-3.1-8b qwen2.5-1.5b gemma-2-27b
+
+gpu: test-gpu ## all that needs a CUDA GPU: its tests, the kernels, three models against stock vLLM, the page of results
+	$(PY) -m benchmarks.kernels
+	set -e; for shape in $(SHAPES); do for n in 1 8 64 256; do $(PY) -m benchmarks.serving --shape $$shape \
+		--concurrency $$n --prompts $$((4 * n)) --output-len 128 --name serving_$${shape}_$$n; done; done
+	$(PY) -m benchmarks.report
 
 lint: install ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+cuda-check: install ## compile the CUDA kernels with nvcc, where it is there: registers and spills
+	$(PY) -m tests.kernels.cuda_check
+
 format: install ## let ruff rewrite what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: install ## measure: the CPU kernel, then the server against stock vLLM (ARGS="--pairs 5")
+bench: install ## measure on this machine: the CPU kernel, the server against stock vLLM and beside other libraries
 	$(PY) -m benchmarks.cpu_kernel
 	$(PY) -m benchmarks.serving $(ARGS)
+	$(PY) -m benchmarks.peers
+	$(PY) -m benchmarks.report
 
 clean: ## remove what was built; .venv and downloaded models stay
 	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache/lock

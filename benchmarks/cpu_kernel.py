@@ -1,6 +1,6 @@
 """Microseconds that one edited place costs on the CPU: the compiled kernel, torch, and a plain ``x.add_()`` for scale.
 
-    python benchmarks/cpu_kernel.py [--width 576] [--dtype bfloat16] [--seconds 0.5] [--out FILE]
+    python -m benchmarks.cpu_kernel [--width 576] [--dtype bfloat16] [--seconds 0.5] [--name cpu_kernel]
 
 The stream is ``x + residual``. Each number is the median over calls timed one by one, the implementations in
 turns, so that what else the machine does falls on all alike. ``build`` is what a new layout of the batch costs.
@@ -9,22 +9,19 @@ turns, so that what else the machine does falls on all alike. ``build`` is what 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from benchmarks.provenance import save
 from torch import Tensor
 
 from steersman.kernels.cpu import Table
 from steersman.kernels.program import Block, Program
 from steersman.steering import lower
 
-RESULTS = Path(__file__).parent / "results" / "cpu_kernel.json"
 ROWS = (1, 16, 512)
 AT_LEAST = 15  # calls of each implementation, however long they take
 
@@ -101,33 +98,24 @@ def measure(d: int, dtype: torch.dtype, seconds: float) -> list[dict[str, object
     return out
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--seconds", type=float, default=0.5, help="for each program and number of rows")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="cpu_kernel", help="of the result file")
     args = parser.parse_args()
-    machine = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
-    }
     print(f"{'program':14} {'rows':>5}" + "".join(f" {k:>11}" for k in ("cpp", "torch", "x.add_()", "build")))
+    load = round(os.getloadavg()[0], 1)
     rows = measure(args.width, getattr(torch, args.dtype), args.seconds)
-    result = {"unit": "microseconds", "width": args.width, "dtype": args.dtype, "machine": machine, "results": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    path = save(
+        args.name,
+        {
+            "unit": "microseconds", "width": args.width, "dtype": args.dtype,
+            "threads": torch.get_num_threads(), "load": load, "results": rows,
+        },
+    )  # fmt: skip
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,15 @@ order; what counts is the ratio within each pair. The client is vLLM's own (``vl
 the ``steering`` field is added to its requests.
 
     python -m benchmarks.serving [--model DIR] [--pairs 5] [--cases idle,all_layers] [--compiled]
+    python -m benchmarks.serving --shape llama-3.1-8b --concurrency 64 --name serving_llama_8b    # on a GPU
+
+    python -m benchmarks.serving --monitor --name serving_monitor
+
+With ``--monitor`` both servers are Steersman's: one with statistics of every layer and eight probes read for all
+requests, the other with ``--steering-monitor off``; no request is steered.
+
+A shape is a model with random weights (:mod:`benchmarks.shapes`). On a GPU both servers are in vLLM's default mode:
+compiled, with CUDA graphs; on a CPU both run eagerly unless ``--compiled`` is said.
 """
 
 from __future__ import annotations
@@ -18,7 +27,7 @@ import itertools
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +35,7 @@ import httpx
 import numpy as np
 import torch
 from benchmarks.provenance import save
+from benchmarks.shapes import SHAPES, checkpoint
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -34,24 +44,49 @@ from tests.e2e.server import Server, serve
 
 NAME = "bench"
 PLANS = 16
+MANY = 256
+MONITORED = ["--steering-monitor-probes", ",".join(f"bench-{i}" for i in range(8))]
+UNMONITORED = ["--steering-monitor", "off"]
 
 
-def cases(layers: list[int]) -> dict[str, list[Any]]:
-    """For each case the steering objects that its requests take in turn."""
+def cases(model: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """For each case the steering objects that its requests take in turn. ``model``: as /v1/steering/model tells it."""
+    layers = list(range(model["n_layers"]))
 
-    def add(index: int, at: Any) -> dict[str, Any]:
-        return {"interventions": [{"op": "add", "vector": f"bench-{index}", "scale": 0.5, "layers": at}]}
+    def edit(op: str, index: int, at: Any = "all", **fields: Any) -> dict[str, Any]:
+        return {"op": op, "vector": f"bench-{index}", "layers": at, **fields}
 
-    return {
+    def add(index: int, at: Any = "all") -> dict[str, Any]:
+        return edit("add", index, at, scale=0.5)
+
+    streams = [
+        edit(op, i, site=site, **fields)
+        for i, (op, fields) in enumerate((("ablate", {}), ("clamp", {"min": -1, "max": 1})))
+        for site in ("resid_pre", "resid_mid", "resid_post")
+    ]
+    neurons = {"inline": [[layer, 7 * i] for layer in layers for i in range(32)]}
+    plans = {
         "idle": [None],
-        "one_layer": [add(0, layers[len(layers) // 2])],
-        "all_layers": [add(0, "all")],
-        "plans_16": [add(i, "all") for i in range(PLANS)],
-        "ablate_all_layers": [{"interventions": [{"op": "ablate", "vector": "bench-0", "layers": "all"}]}],
+        "one_layer": [[add(0, layers[len(layers) // 2])]],
+        "all_layers": [[add(0)]],
+        "three_vectors": [[add(i) for i in range(3)]],
+        f"plans_{PLANS}": [[add(i)] for i in range(PLANS)],
+        f"plans_{MANY}": [[{**add(i % PLANS), "scale": 0.5 + i / MANY}] for i in range(MANY)],
+        "ablate_all_layers": [[edit("ablate", 0)]],
+        "ablate_clamp_three_sites": [streams],
+        "neurons_32": [[{"op": "neurons", "neurons": neurons, "mode": "set", "value": 1.0}]],
+    }
+    return {
+        name: [None if edits is None else {"interventions": edits} for edits in turn] for name, turn in plans.items()
     }
 
 
-GOALS = {"idle": 0.99, "all_layers": 0.97}
+CPU_GOALS = {"monitor": 0.99, "idle": 0.99, "all_layers": 0.97}
+GPU_GOALS = {
+    "monitor": 0.99,
+    "idle": 0.995, "all_layers": 0.99, "three_vectors": 0.985, f"plans_{MANY}": 0.98, "ablate_clamp_three_sites": 0.975,
+    "neurons_32": 0.98,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -64,32 +99,49 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--cases", type=lambda s: s.split(","))
     parser.add_argument("--compiled", action="store_true", help="torch.compile on, in both servers")
+    parser.add_argument("--monitor", action="store_true", help="what monitoring costs, and nothing else")
+    parser.add_argument("--shape", choices=SHAPES, help="a model with random weights instead of --model")
+    parser.add_argument("--memory", type=float, default=0.42, help="of the GPU's, for each server")
     parser.add_argument("--name", default="serving", help="of the result file")
     args = parser.parse_args()
-    if args.model is None:
-        from steersman.clients.smollm2 import fetch
-
-        args.model = fetch()
-    mode = ["--no-enforce-eager"] if args.compiled else ["--enforce-eager"]
-    options = [*mode, "--max-model-len", "2048", "--max-num-seqs", "64", "--no-enable-prefix-caching"]
     console = Console()
     with tempfile.TemporaryDirectory() as scratch:
         tmp = Path(scratch)
-        with _stock(args.model, tmp / "stock", options) as stock, _ours(args.model, tmp / "ours", options) as ours:
-            layers = _upload(ours)
-            chosen = {k: v for k, v in cases(layers).items() if not args.cases or k in args.cases}
+        args.model = args.model or (checkpoint(args.shape, tmp) if args.shape else _smollm2())
+        baseline = serve_ours(args, tmp / "off", UNMONITORED) if args.monitor else _stock(args, tmp / "stock")
+        with baseline as stock, serve_ours(args, tmp / "ours", MONITORED if args.monitor else ()) as ours:
+            every = cases(upload(ours))
+            if args.monitor:
+                every = {"monitor": [None]}
+            chosen = {k: v for k, v in every.items() if not args.cases or k in args.cases}
             runs = _run(args, stock, ours, chosen, console)
     results = {case: _summary(pairs) for case, pairs in runs.items()}
     settings = {k: v for k, v in vars(args).items() if k not in ("model", "cases", "name")}
-    path = save(args.name, {"model": args.model.name, "settings": settings, "cases": results})
-    console.print(table(results))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    path = save(args.name, {"model": args.model.name, "device": device, "settings": settings, "cases": results})
+    console.print(table(results, CPU_GOALS if device == "cpu" else GPU_GOALS))
     console.print(f"written to {path}")
 
 
-def table(results: Mapping[str, Any]) -> Table:
+def _smollm2() -> Path:
+    from steersman.clients.smollm2 import fetch
+
+    return fetch()
+
+
+def _options(args: argparse.Namespace) -> list[str]:
+    common = ["--max-model-len", "2048", "--max-num-seqs", str(max(64, args.concurrency)), "--no-enable-prefix-caching"]
+    if args.shape:
+        common += ["--load-format", "dummy"]
+    if torch.cuda.is_available():
+        return [*common, "--gpu-memory-utilization", str(args.memory)]
+    return [*common, "--no-enforce-eager" if args.compiled else "--enforce-eager"]
+
+
+def table(results: Mapping[str, Any], goals: Mapping[str, float]) -> Table:
     out = Table("case", "output tok/s, ratio to stock", "spread of pairs", "median ITL ratio", "TTFT ratio", "goal")
     for case, r in results.items():
-        goal = GOALS.get(case)
+        goal = goals.get(case)
         low, high = r["output_throughput"]["spread"]
         out.add_row(
             case,
@@ -170,24 +222,25 @@ def _summary(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _ours(model: Path, tmp: Path, options: list[str]) -> Iterator[Server]:
+def serve_ours(args: Any, tmp: Path, more: Sequence[str] = ()) -> Iterator[Server]:
+    """``args``: the command line's. ``more``: further options."""
     tmp.mkdir()
-    with serve(model, tmp, options, name=NAME) as server:
+    with serve(args.model, tmp, [*_options(args), *more], name=NAME) as server:
         yield server
 
 
 @contextlib.contextmanager
-def _stock(model: Path, tmp: Path, options: list[str]) -> Iterator[Server]:
+def _stock(args: Any, tmp: Path) -> Iterator[Server]:
     """vLLM's own server, with no plugin loaded."""
     tmp.mkdir()
-    module = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    with serve(model, tmp, options, {"VLLM_PLUGINS": "none"}, NAME, command=module) as server:
+    module = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(args.model)]
+    with serve(args.model, tmp, _options(args), {"VLLM_PLUGINS": "none"}, NAME, command=module) as server:
         yield server
 
 
-def _upload(server: Server) -> list[int]:
-    """Random unit directions for every layer; the layers."""
-    model = server.http.get("/v1/steering/model").json()
+def upload(server: Server) -> dict[str, Any]:
+    """Random unit directions for every layer; what the server says of its model."""
+    model: dict[str, Any] = server.http.get("/v1/steering/model").json()
     n, d = model["n_layers"], model["d_model"]
     rng = np.random.default_rng(0)
     for i in range(PLANS):
@@ -201,7 +254,7 @@ def _upload(server: Server) -> list[int]:
             },
         }  # fmt: skip
         httpx.post(f"{server.url}/v1/steering/assets", json=body).raise_for_status()
-    return list(range(n))
+    return model
 
 
 if __name__ == "__main__":

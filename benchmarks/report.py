@@ -1,0 +1,111 @@
+"""Writes ``docs/benchmarks.md`` from the result files: no number is there that no file holds.
+
+python -m benchmarks.report
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import RESULTS
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+HEAD = """# Benchmarks
+
+Written by `python -m benchmarks.report` from the files in `benchmarks/results/`; each says with which command, machine,
+versions and commit it was made. A ratio is that of a run and the run of the stock server next to it; a cell gives the
+median over pairs and, in brackets, the lowest and the highest.
+"""
+
+
+def page(folder: Path = RESULTS) -> str:
+    parts = [HEAD]
+    parts += [_serving(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("serving*.json"))]
+    for name, section in (("peers", _peers), ("kernels", _kernels), ("cpu_kernel", _cpu_kernel)):
+        path = folder / f"{name}.json"
+        if path.exists():
+            parts.append(section(json.loads(path.read_text())))
+        elif name == "kernels":
+            parts.append("## Kernels on a GPU\n\nNot measured yet: `make gpu` on a machine with a CUDA GPU.\n")
+    return "\n".join(parts)
+
+
+def _serving(name: str, found: Mapping[str, Any]) -> str:
+    s = found["settings"]
+    about = (
+        f"`python -m benchmarks.serving --name {name}`: {found['model']} on {_machine(found)}, {s['pairs']} pairs, "
+        f"{s['prompts']} requests of {s['input_len']} + {s['output_len']} tokens, {s['concurrency']} at once."
+    )
+    figures = ("output_throughput", "median_itl_ms", "p99_itl_ms", "median_ttft_ms")
+    rows = [[case, *(_spread(r[f]) for f in figures)] for case, r in found["cases"].items()]
+    heads = ("case", "output tokens/s", "inter-token latency, median", "p99", "time to first token")
+    return f"## Against stock vLLM: {found['model']}\n\n{about}\n\n{_table(heads, rows)}"
+
+
+def _peers(found: Mapping[str, Any]) -> str:
+    about = (
+        f"`python -m benchmarks.peers`: one vector added at every layer of {found['model']} on {_machine(found)}, "
+        f"{found['new_tokens']} new tokens, against {' and '.join(found['peers'])}. Cost: of "
+        "steering, to each system's own unsteered rate."
+    )
+    rows = [
+        [
+            r["system"], r["batch"], f"{r['plain_tokens_per_second']:.0f}", f"{r['steered_tokens_per_second']:.0f}",
+            f"{r['cost']:+.1%} ({r['spread'][0]:+.1%} to {r['spread'][1]:+.1%})",
+        ]
+        for r in found["results"]
+    ]  # fmt: skip
+    heads = ("system", "batch", "unsteered tokens/s", "steered tokens/s", "cost")
+    return f"## Beside libraries for Hugging Face models\n\n{about}\n\n{_table(heads, rows)}"
+
+
+def _kernels(found: Mapping[str, Any]) -> str:
+    about = f"`python -m benchmarks.kernels`: {found['device']}, {found['dtype']}, inside a CUDA graph."
+    rows = [
+        [
+            r["kernel"], r["case"], r["width"], r["rows"], f"{r['microseconds']:.2f}",
+            f"{r['bandwidth_of_copy']:.2f}" if "bandwidth_of_copy" in r else "",
+        ]
+        for r in found["results"]
+    ]  # fmt: skip
+    heads = ("kernel", "case", "width", "rows", "µs a place", "bandwidth, of a copy's")
+    return f"## Kernels on a GPU\n\n{about}\n\n{_table(heads, rows)}"
+
+
+def _cpu_kernel(found: Mapping[str, Any]) -> str:
+    about = (
+        f"`python -m benchmarks.cpu_kernel`: microseconds a place, width {found['width']}, {found['dtype']}, "
+        f"{found['threads']} thread(s), load {found['load']} of {_machine(found)}."
+    )
+    heads = ("program", "rows", "cpp", "torch", "x.add_()", "build")
+    return f"## The CPU kernel\n\n{about}\n\n{_table(heads, [[r[h] for h in heads] for r in found['results']])}"
+
+
+def _machine(found: Mapping[str, Any]) -> str:
+    about = found["provenance"]
+    cpu = f"{about['cores']} cores of {about['cpu']}"
+    device = found.get("device", "cpu")
+    return cpu if device == "cpu" else f"{device}, {cpu}"
+
+
+def _spread(figure: Mapping[str, Any]) -> str:
+    low, high = figure["spread"]
+    return f"{figure['median']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [tuple(heads), *([str(c) for c in row] for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def main() -> None:
+    PAGE.write_text(page())
+    print(f"written to {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
