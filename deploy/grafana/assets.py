@@ -1,0 +1,117 @@
+"""The dashboard *Assets and probes*: each asset's traffic, edit size and gate, and what the probes read."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+from deploy.grafana.panels import Column, Query, choice, dashboard, distribution, lines, listing, rows_over_time
+from deploy.grafana.promql import SERVERS, buckets, in_order, mean, quantile, rate
+
+EDITED = "steersman_edited_tokens_total"
+EDIT = "steersman_relative_edit_norm"
+PROBE = "steersman_probe_value"
+ASSET = 'asset=~"$asset"'
+CHOSEN = 'probe=~"$probe"'
+OPEN, DECISIONS = (rate(f"steersman_gate_{what}_total", ASSET, by=["asset"]) for what in ("open", "decisions"))
+GATE = f"{OPEN} / {DECISIONS}"
+
+
+def assets() -> Dashboard:
+    edits = [
+        lines(
+            "Edited tokens",
+            "Each second, by asset.",
+            Query(rate(EDITED, ASSET, by=["asset"]), "{{asset}}"),
+            stacked=True,
+        ),
+        lines(
+            "Edit size",
+            "95th percentile of the edit's norm beside the stream's, over all layers.",
+            Query(quantile(0.95, EDIT, ASSET, by=["asset"]), "{{asset}}"),
+            unit="percentunit",
+        ),
+        lines(
+            "Gate open",
+            "Share of a gate's decisions that let the edit through, by asset.",
+            Query(GATE, "{{asset}}"),
+            unit="percentunit",
+        ),
+        rows_over_time(
+            "Edit size by layer",
+            "Mean over the edited tokens of the chosen assets.",
+            Query(in_order(mean(EDIT, ASSET, by=["layer"])), "{{layer}}"),
+            "relative norm",
+            unit="percentunit",
+        ),
+        distribution(
+            "Edit sizes",
+            "Edited tokens a second, of those sampled, in each range of relative norms, of the chosen assets.",
+            Query(buckets(EDIT, ASSET), "{{le}}"),
+            unit="percentunit",
+        ),
+        lines(
+            "Dosage limited",
+            "Times a second that the limit on the relative norm warned, capped or refused.",
+            Query(rate("steersman_dosage_limited_total", ASSET, by=["asset", "action"]), "{{asset}}: {{action}}"),
+            width=12,
+        ),
+        listing(
+            "Now",
+            "The latest of every chosen asset.",
+            "asset",
+            Column("Edited tokens/s", rate(EDITED, ASSET, by=["asset"])),
+            Column("Edit, mean", mean(EDIT, ASSET, by=["asset"]), "percentunit"),
+            Column("Edit, p95", quantile(0.95, EDIT, ASSET, by=["asset"]), "percentunit"),
+            Column("Gate open", GATE, "percentunit"),
+            width=12,
+        ),
+    ]
+    probes = [
+        lines(
+            "Probe values",
+            "Median and 95th percentile by probe, over all layers.",
+            Query(quantile(0.5, PROBE, CHOSEN, by=["probe"]), "{{probe}} p50"),
+            Query(quantile(0.95, PROBE, CHOSEN, by=["probe"]), "{{probe}} p95"),
+            zero=False,
+        ),
+        lines(
+            "Above the threshold",
+            "95th percentile less the probe's threshold, over five minutes. Above 0 the alert is on its way; "
+            "a probe without a threshold shows no curve.",
+            Query(f"max by (probe) (steersman:probe_value:excess{{{SERVERS}, {CHOSEN}}}) > -Inf", "{{probe}}"),
+            zero=False,
+        ),
+        lines(
+            "Entropy of the answers",
+            "Of the distribution of each generated token, in nats.",
+            Query(quantile(0.5, "steersman_answer_entropy"), "p50"),
+            Query(quantile(0.95, "steersman_answer_entropy"), "p95"),
+        ),
+        rows_over_time(
+            "Probes by layer",
+            "Median over the chosen probes.",
+            Query(in_order(quantile(0.5, PROBE, CHOSEN, by=["layer"])), "{{layer}}"),
+            "value",
+        ),
+        distribution(
+            "Distribution of the chosen probes",
+            "Readings a second, of those sampled, in each range of values.",
+            Query(buckets(PROBE, CHOSEN), "{{le}}"),
+        ),
+        distribution(
+            "Distribution of the entropy",
+            "Generated tokens a second, of those sampled, in each range of entropies, in nats.",
+            Query(buckets("steersman_answer_entropy"), "{{le}}"),
+            width=24,
+        ),
+    ]
+    return dashboard(
+        "steersman-assets",
+        "Steersman: assets and probes",
+        "Each asset's traffic, edit size and gate, and what the probes read.",
+        [
+            choice("asset", "Assets", f"label_values({EDITED}, asset)"),
+            choice("probe", "Probes", f"label_values({PROBE}_count, probe)"),
+        ],
+        [("Assets", edits), ("Probes", probes)],
+    )
