@@ -3,13 +3,14 @@
 | kind | metadata | tensors (L = number of `layers`) |
 |---|---|---|
 | vector | site, layers | `vectors` [L, d], or [L, k, d] for a rank-k subspace |
-| dictionary | site, layer, architecture | `W_enc` [d, m], `W_dec` [m, d], `b_dec` [d], and by architecture |
+| dictionary | site, layer, architecture, .. | `decoder` [m, d_out], `b_dec` [d_out], `encoder` [m, d] and others |
 | neurons | neurons: (layer, index) pairs | none |
 | recipe | rr_attn, rr_mlp, sources, targets, lambda_a, lambda_m | none |
 | affine | site, layers | `R` [L, r, d], `A` [L, r, d], `b` [L, r]; x' = x + Rᵀ(Ax + b − Rx) |
 | profile | steering: a request's `steering` object | none |
 
-Tensors are float32, float16 or bfloat16, finite, on the CPU. d is d_model at the sites of that width; at `attn_z` and
+Tensors are float32, float16 or bfloat16, finite, on the CPU; a dictionary's may stay on disk (`RowFile`), and its
+labels are integers (`steering/labels.py`). d is d_model at the sites of that width; at `attn_z` and
 `mlp_post` the width is the model's own, and is checked against the served model when a plan is built.
 """
 
@@ -19,7 +20,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, get_args
 
@@ -44,10 +45,11 @@ from steersman.steering.errors import (
     WidthMismatch,
     join_path,
 )
+from steersman.steering.rows import RowFile
 from steersman.steering.sites import Site
 
 Kind = Literal["vector", "dictionary", "neurons", "recipe", "affine", "profile"]
-Architecture = Literal["standard", "topk", "jumprelu", "gated"]
+Architecture = Literal["standard", "topk", "jumprelu", "gated", "matching_pursuit", "linear", "basis"]
 
 D_MODEL_SITES: Final = frozenset(Site) - {Site.ATTN_Z, Site.MLP_POST}
 DTYPES: Final[dict[str, torch.dtype]] = {
@@ -57,11 +59,15 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 }
 VERSION_LENGTH: Final = 12
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_ENCODER: Final[dict[str, dict[str, str]]] = {  # further tensors of a dictionary and their shapes
-    "standard": {"b_enc": "m"},
-    "topk": {"b_enc": "m"},
-    "jumprelu": {"b_enc": "m", "threshold": "m"},
-    "gated": {"b_gate": "m", "b_mag": "m", "r_mag": "m"},
+LABEL_DTYPES: Final[dict[str, torch.dtype]] = {"labels": torch.uint8, "label_ends": torch.int64}
+_ENCODER: Final[dict[str, tuple[str, ...]]] = {  # of a dictionary: what its encoder takes, a row or number per feature
+    "standard": ("encoder", "b_enc"),
+    "topk": ("encoder", "b_enc"),
+    "jumprelu": ("encoder", "b_enc", "threshold"),
+    "gated": ("encoder", "b_gate", "b_mag", "r_mag"),
+    "linear": ("encoder", "b_enc"),
+    "matching_pursuit": (),  # its decoder
+    "basis": (),  # it has none
 }
 
 
@@ -101,6 +107,13 @@ def _check_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
     return layers
 
 
+def _check_read_site(site: str) -> str:
+    if site not in (*Site, "mlp_in"):
+        raise ValueError(f"must be mlp_in or one of {', '.join(Site)}")
+    return site
+
+
+ReadSite = Annotated[str, AfterValidator(_check_read_site)]
 Index = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -180,32 +193,57 @@ class VectorMeta(_Common):
 
 
 class DictionaryMeta(_Common):
+    """Features; what an architecture computes is in `steering/dictionaries.py`."""
+
     kind: Literal["dictionary"]
-    site: Site = Site.RESID_POST
+    site: Site = Site.RESID_POST  # where it writes, and, but for transcoders, reads
     layer: Index
     architecture: Architecture
+    read_site: ReadSite | None = None  # of a transcoder: where it reads; mlp_in: what the MLP is fed
     k: Count | None = None  # of topk: how many features stay active
     apply_b_dec_to_input: bool = False
+    normalize: Literal["none", "constant_norm_rescale", "layer_norm"] = "none"
+    input_scale: Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)] = 1.0  # the encoder sees it times x
+    residual_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)] = 1e-2  # of matching_pursuit
+    max_iterations: Count | None = None  # of matching_pursuit; absent: d
+    stop_on_duplicate_support: bool = True  # of matching_pursuit
 
     @property
     def edited_layers(self) -> tuple[int, ...]:
         return (self.layer,)
 
     @model_validator(mode="after")
-    def _k_of_topk(self) -> DictionaryMeta:
+    def _consistent(self) -> DictionaryMeta:
         if (self.architecture == "topk") != (self.k is not None):
             raise ValueError("k belongs to architecture topk, and topk needs it")
+        if self.read_site is not None and self.apply_b_dec_to_input:
+            raise ValueError("apply_b_dec_to_input is not for transcoders, whose b_dec belongs to what they write")
+        if self.normalize != "none" and self.input_scale != 1:
+            raise ValueError("input_scale goes with normalize none")
         return self
 
     def check_tensors(self, shapes: Shapes) -> None:
-        further = _ENCODER[self.architecture]
-        _names(shapes, ("W_enc", "W_dec", "b_dec", *further))
-        if len(shapes["W_enc"]) != 2 or not all(shapes["W_enc"]):
-            raise _bad_shape("W_enc", shapes["W_enc"], "[d, m]")
-        d, m = shapes["W_enc"]
-        _width(self, "W_enc", d)
-        for name, want in {"W_dec": (m, d), "b_dec": (d,), **dict.fromkeys(further, (m,))}.items():
-            _expect(shapes, name, want)
+        encoder = _ENCODER[self.architecture]
+        further = {"labels", "label_ends"} & set(shapes) | {"skip"} & set(shapes if self.read_site else ())
+        _names(shapes, ("decoder", "b_dec", *encoder, *further))
+        if len(shapes["decoder"]) != 2 or not all(shapes["decoder"]):
+            raise _bad_shape("decoder", shapes["decoder"], "[m, d]")
+        m, width = shapes["decoder"]
+        _width(self, "decoder", width)
+        d = shapes["encoder"][-1] if self.read_site and len(shapes.get("encoder", ())) == 2 else width
+        if self.read_site not in (None, Site.ATTN_Z, Site.MLP_POST) and d != self.model.d_model:
+            raise WidthMismatch(
+                f"encoder is {d} wide; {self.read_site} is {self.model.d_model} wide", "tensors.encoder"
+            )
+        _expect(shapes, "b_dec", (width,))
+        for name in encoder:
+            _expect(shapes, name, (m, d) if name == "encoder" else (m,))
+        if "skip" in further:
+            _expect(shapes, "skip", (width, d))
+        if {"labels", "label_ends"} & further:
+            _names({k: v for k, v in shapes.items() if k in LABEL_DTYPES}, ("label_ends", "labels"))
+            _expect(shapes, "label_ends", (m,))
+            _expect(shapes, "labels", shapes["labels"][:1])
 
 
 class NeuronsMeta(_Common):
@@ -324,22 +362,35 @@ class Asset:
     """Metadata with its tensors, checked against each other. Shared by all who ask for it: never written to."""
 
     meta: AssetMeta
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)  # or a RowFile, which stays on disk
     sha256: str = ""  # of the content. Given by the store alone; otherwise the tensors are copied and hashed
 
     def __post_init__(self) -> None:
-        copy = not self.sha256
-        tensors = {name: self.tensors[name].detach().to("cpu", copy=copy).contiguous() for name in sorted(self.tensors)}
-        for name, tensor in tensors.items():
-            if tensor.dtype not in DTYPES.values():
-                raise InvalidRequest(f"{name} is {tensor.dtype}; wanted: {', '.join(DTYPES)}", f"tensors.{name}")
-        self.meta.check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
+        if isinstance(self.tensors, RowFile):
+            dtypes = {name: spec.dtype for name, spec in self.tensors.specs.items()}
+        else:
+            copy = not self.sha256
+            own = {n: self.tensors[n].detach().to("cpu", copy=copy).contiguous() for n in sorted(self.tensors)}
+            object.__setattr__(self, "tensors", own)
+            dtypes = {name: tensor.dtype for name, tensor in own.items()}
+        for name, dtype in dtypes.items():
+            wanted = [LABEL_DTYPES[name]] if name in LABEL_DTYPES else [*DTYPES.values()]
+            if dtype not in wanted:
+                raise InvalidRequest(f"{name} is {dtype}; wanted: {', '.join(map(str, wanted))}", f"tensors.{name}")
+        self.meta.check_tensors(self.shapes)
+        if isinstance(self.tensors, RowFile) and self.sha256:
+            return  # what is read of it is checked when it is read
+        for name in self.tensors:
+            if not all(torch.isfinite(part).all() for part in _parts(self.tensors, name)):
                 raise NonFinite(f"{name} holds NaN or infinity", f"tensors.{name}")
-        object.__setattr__(self, "tensors", tensors)
         if not self.sha256:
-            object.__setattr__(self, "sha256", content_sha256(dump_metadata(self.meta), tensors))
+            object.__setattr__(self, "sha256", content_sha256(dump_metadata(self.meta), self.tensors))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        if isinstance(self.tensors, RowFile):
+            return {name: spec.shape for name, spec in self.tensors.specs.items()}
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     @property
     def name(self) -> str:
@@ -355,7 +406,14 @@ class Asset:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Of memory."""
+        return 0 if isinstance(self.tensors, RowFile) else sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def tensor_specs(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """Each tensor's dtype and shape, as JSON."""
+    specs = tensors.specs if isinstance(tensors, RowFile) else tensors
+    return {n: {"dtype": str(s.dtype).removeprefix("torch."), "shape": [*s.shape]} for n, s in specs.items()}
 
 
 def content_sha256(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
@@ -363,11 +421,19 @@ def content_sha256(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tens
 
     The names, dtypes and shapes are hashed with the metadata, so no two contents share a byte stream.
     """
-    specs = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    specs = {name: [f"torch.{spec['dtype']}", spec["shape"]] for name, spec in tensor_specs(tensors).items()}
     digest = hashlib.sha256(canonical_json({"metadata": metadata, "tensors": specs}).encode())
     for name in sorted(tensors):
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+        for part in _parts(tensors, name):
+            digest.update(part.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _parts(tensors: Mapping[str, torch.Tensor], name: str) -> Iterator[torch.Tensor]:
+    if isinstance(tensors, RowFile):
+        yield from tensors.chunks(name)
+    else:
+        yield tensors[name]
 
 
 def _names(shapes: Shapes, wanted: tuple[str, ...]) -> None:

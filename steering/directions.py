@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steersman.steering.assets import AffineMeta, Asset, ModelRef, NeuronsMeta, ProfileMeta, VectorMeta
+from steersman.steering.assets import (
+    AffineMeta,
+    Asset,
+    DictionaryMeta,
+    ModelRef,
+    NeuronsMeta,
+    ProfileMeta,
+    VectorMeta,
+)
 from steersman.steering.errors import (
     AssetKindMismatch,
     InlineMalformed,
@@ -30,7 +38,7 @@ from steersman.steering.spec import Inline, InlineVector, Layers, Vector
 
 MAX_INLINE_BYTES = 64 * 2**20
 MAX_RANK = 256  # of an inline subspace, whose basis is computed within the request
-M = TypeVar("M", VectorMeta, NeuronsMeta, AffineMeta, ProfileMeta)
+M = TypeVar("M", VectorMeta, DictionaryMeta, NeuronsMeta, AffineMeta, ProfileMeta)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -108,6 +116,9 @@ class Library:
         """The asset's ref, its (layer, index) pairs and its default tokens."""
         asset, meta = self.asset(ref, NeuronsMeta)
         return asset.ref, meta.neurons, meta.tokens
+
+    def dictionary(self, ref: str) -> tuple[Asset, DictionaryMeta]:
+        return self.asset(ref, DictionaryMeta)
 
     def affine(self, ref: str) -> tuple[Asset, AffineMeta]:
         return self.asset(ref, AffineMeta)

@@ -16,10 +16,15 @@
     │   ├── OutOfRange                400  out_of_range            a finite number beyond its bounds
     │   ├── InlineMalformed           400  inline_malformed        inline data whose bytes do not fit its shape
     │   ├── UploadMalformed           400  upload_malformed        an uploaded file that cannot be read
+    │   ├── FeatureUnreadable         400  feature_unreadable      its activation takes more than a row of its encoder
     │   ├── GateOrder                 400  gate_order              a gate read after the edit that it decides
-    │   └── TooManyInterventions      400  too_many_interventions  more edits than a plan may hold
+    │   ├── TooManyInterventions      400  too_many_interventions  more edits than a plan may hold
+    │   └── DosageExceeded            400  dosage_exceeded         an edit larger than the server allows
     ├── Unauthorized                  401  unauthorized            the admin key is missing or wrong
     ├── PayloadTooLarge               413  payload_too_large       a body or an inline tensor over its limit
+    ├── RateLimited                   429  rate_limited            a robot sends observations faster than it may
+    ├── PolicyUnavailable             501  policy_unavailable      the served model is no robot policy
+    ├── TooManySessions               503  too_many_sessions       as many robots are connected as may be
     ├── FormatUnavailable             501  format_unavailable      the library that reads the format is not installed
     ├── StoreError                    (abstract)
     │   ├── UnknownAsset              404  asset_not_found         no such name or version
@@ -139,12 +144,20 @@ class UploadMalformed(InvalidRequest):
     code = "upload_malformed"
 
 
+class FeatureUnreadable(InvalidRequest):
+    code = "feature_unreadable"
+
+
 class GateOrder(InvalidRequest):
     code = "gate_order"
 
 
 class TooManyInterventions(InvalidRequest):
     code = "too_many_interventions"
+
+
+class DosageExceeded(InvalidRequest):
+    code = "dosage_exceeded"
 
 
 class Unauthorized(SteeringError):
@@ -155,6 +168,21 @@ class Unauthorized(SteeringError):
 class PayloadTooLarge(SteeringError):
     status = 413
     code = "payload_too_large"
+
+
+class RateLimited(SteeringError):
+    status = 429
+    code = "rate_limited"
+
+
+class PolicyUnavailable(SteeringError):
+    status = 501
+    code = "policy_unavailable"
+
+
+class TooManySessions(SteeringError):
+    status = 503
+    code = "too_many_sessions"
 
 
 class FormatUnavailable(SteeringError):

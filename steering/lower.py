@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from steersman.kernels.program import Block, Rows
+from steersman.steering.dictionaries import Reads
 from steersman.steering.errors import InvalidRequest, NonFinite
 from steersman.steering.plan import constant_block, linear_block
 
@@ -87,6 +88,39 @@ def neurons(i: int, indices: Tensor, width: int, mode: str, value: float, **flag
         "scale": {"gain": value},
     }[mode]
     return linear_block(i, columns, columns, **change, **flags)
+
+
+def feature(
+    i: int,
+    write: Tensor,
+    reads: Reads | None,
+    mode: str,
+    values: list[float],
+    only_if_active: bool = False,
+    relative: bool = False,
+    **flags: Any,
+) -> Block:
+    """x + Σ_j (a′_j − a_j)·write_j, every a_j read off the same x.
+
+    write [k, d]; without `reads` only mode ``add``, which is the same whatever the activations are. `relative`: `write`
+    is in units of ‖x‖.
+    """
+    value = torch.tensor(values)
+    if not torch.isfinite(write * value[:, None]).all():
+        raise NonFinite("value times the feature's direction is beyond float32")
+    if reads is None:
+        assert (mode, only_if_active) == ("add", False), "the caller refuses what needs an activation"
+        return linear_block(i, dense(write), None, offset=value, relative=relative, **flags)
+    gain, offset = {
+        "set": (torch.zeros_like(value), value),
+        "add": (torch.ones_like(value), value),
+        "scale": (value, torch.zeros_like(value)),
+        "ablate": (torch.zeros_like(value), torch.zeros_like(value)),
+    }[mode]
+    low, high = torch.full_like(value, -math.inf), torch.full_like(value, math.inf)
+    rows = dense(write), dense(reads.direction)
+    scalars = reads.bias, reads.threshold, gain, offset, low, high
+    return Block(i, *rows, *scalars, only_if_active=only_if_active, **flags)
 
 
 def heads_factor(i: int, heads: list[int], d_head: int, width: int, factor: float, **flags: Any) -> Block:

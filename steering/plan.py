@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -54,16 +54,29 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Activation:
+    """A feature's activation from its direction·x: p = that + bias, where it is above threshold, else 0."""
+
+    bias: float
+    threshold: float | None  # None: p itself
+
+    def __call__(self, dots: Tensor) -> Tensor:
+        p = dots + self.bias
+        return p if self.threshold is None else torch.where(p > self.threshold, p, 0)
+
+
+@dataclass(frozen=True)
 class GateRead:
     """A gate: a coordinate of one place, compared with bounds. Read before that place's own edits."""
 
     place: Place
-    direction: Tensor  # [d] float32, unit
-    measure: str  # "cosine" | "projection"
+    direction: Tensor  # [d] float32; unit, or a feature's encoder
+    measure: str  # "cosine" | "projection" | "feature"
     above: float | None
     below: float | None
     over: str  # "token" | "prompt_mean" | "last_prompt"
     hold: bool
+    activation: Activation | None = None  # of measure "feature"
 
     @property
     def needs_whole_prompt(self) -> bool:
@@ -77,11 +90,12 @@ class GateRead:
 
 @dataclass(frozen=True)
 class ProbeRead:
-    """One direction read at one place, after that place's edits."""
+    """One direction or feature read at one place, after that place's edits."""
 
     probe: int
     place: Place
-    direction: Tensor  # [d] float32, unit
+    direction: Tensor  # [d] float32; unit, or a feature's encoder
+    activation: Activation | None = None  # of a feature
 
 
 @dataclass(frozen=True)
@@ -112,6 +126,14 @@ class Plan:
         kept = [r.dense if r.dense is not None else r.columns for r in rows]
         kept += [g.direction for g in self.gates] + [p.direction for p in self.probes]
         return sum(t.nbytes for t in kept if t is not None)
+
+    def activated(self, probes: Sequence[int], dots: Tensor) -> Tensor:
+        """[n, k] the values of some of the plan's ``probes`` from their dot products, which are overwritten."""
+        for column, probe in enumerate(probes):
+            activation = self.probes[probe].activation
+            if activation is not None:
+                dots[:, column] = activation(dots[:, column])
+        return dots
 
     @property
     def selectors(self) -> list[Tokens]:
@@ -144,9 +166,10 @@ class Plan:
                 for place in sorted(self.blocks, key=lambda p: p.order)
             ],
             "gates": [
-                [*_flat(g.place), put(g.direction), g.measure, g.above, g.below, g.over, g.hold] for g in self.gates
+                [*_flat(g.place), put(g.direction), g.measure, g.above, g.below, g.over, g.hold, _pack_read(g)]
+                for g in self.gates
             ],
-            "probes": [[p.probe, *_flat(p.place), put(p.direction)] for p in self.probes],
+            "probes": [[p.probe, *_flat(p.place), put(p.direction), _pack_read(p)] for p in self.probes],
             "probe_names": list(self.probe_names),
         }
         if not tensors:
@@ -168,10 +191,11 @@ class Plan:
                 Place(layer, Site(site)): tuple(_unpack_block(b, tensors) for b in blocks)
                 for layer, site, blocks in header["blocks"]
             },
-            gates=tuple(
-                GateRead(Place(layer, Site(site)), tensors[t], *rest) for layer, site, t, *rest in header["gates"]
+            gates=tuple(_unpack_gate(gate, tensors) for gate in header["gates"]),
+            probes=tuple(
+                ProbeRead(i, Place(layer, Site(site)), tensors[t], _unpack_read(read))
+                for i, layer, site, t, read in header["probes"]
             ),
-            probes=tuple(ProbeRead(i, Place(layer, Site(s)), tensors[t]) for i, layer, s, t in header["probes"]),
             probe_names=tuple(header["probe_names"]),
         )
         plan.__dict__["id"] = hashlib.sha256(data).hexdigest()
@@ -221,6 +245,20 @@ def _selector(tokens: Tokens) -> object:
 
 def _flat(place: Place) -> tuple[int, str]:
     return place.layer, place.site.value
+
+
+def _pack_read(read: GateRead | ProbeRead) -> list[float | None] | None:
+    return None if read.activation is None else [read.activation.bias, read.activation.threshold]
+
+
+def _unpack_read(data: list[Any] | None) -> Activation | None:
+    return None if data is None else Activation(*data)
+
+
+def _unpack_gate(data: list[Any], tensors: Mapping[str, Tensor]) -> GateRead:
+    layer, site, direction, measure, above, below, over, hold, read = data
+    place = Place(layer, Site(site))
+    return GateRead(place, tensors[direction], measure, above, below, over, hold, _unpack_read(read))
 
 
 def _pack_rows(rows: Rows | None, put: Any) -> list[Any] | None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from threading import Lock
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from steersman.kernels.program import Block
-from steersman.steering import lower, spec
-from steersman.steering.assets import Asset
+from steersman.kernels.program import NEVER, Block
+from steersman.steering import dictionaries, lower, spec
+from steersman.steering.assets import Asset, DictionaryMeta
 from steersman.steering.directions import Directions, Library, chosen_layers
 from steersman.steering.errors import (
     GateOrder,
@@ -24,7 +23,8 @@ from steersman.steering.errors import (
     WidthMismatch,
     located,
 )
-from steersman.steering.plan import GateRead, Place, Plan, ProbeRead, Step
+from steersman.steering.plan import Activation, GateRead, Place, Plan, ProbeRead, Step
+from steersman.steering.references import key_of, references
 from steersman.steering.sites import Site
 
 _TOKENS: TypeAdapter[spec.Tokens] = TypeAdapter(spec.Tokens)
@@ -49,7 +49,7 @@ class Resolver:
         """The plan of ``steering`` after the server's ``default`` profile, unless the request leaves that out."""
         parts = self._expand(steering, default)
         assets = self._assets(parts)
-        key = _key(parts, assets)
+        key = key_of(parts, assets)
         with self._lock:
             if key in self._plans:
                 self._plans.move_to_end(key)
@@ -64,7 +64,7 @@ class Resolver:
 
     def names(self, steering: spec.Steering) -> set[str]:
         """References to every stored asset that ``steering`` needs, its profile and what that names included."""
-        named = {ref for _, part in self._expand(steering, None) for _, ref in _references(part)}
+        named = {ref for _, part in self._expand(steering, None) for _, ref in references(part)}
         return named | ({steering.profile} if steering.profile else set())
 
     def _expand(self, steering: spec.Steering, default: spec.Steering | None) -> list[tuple[str, spec.Steering]]:
@@ -88,7 +88,7 @@ class Resolver:
         """What the named assets mean now; unknown ones are reported where they are used."""
         out: dict[str, Asset] = {}
         for path, part in parts:
-            for field, ref in _references(part):
+            for field, ref in references(part):
                 if ref not in out:
                     with located(f"{path}.{field}"):
                         out[ref] = self.library.assets.get(ref)
@@ -216,6 +216,54 @@ class _Builder:
 
         return site, layers, [found.name, toward.name], found.tokens, make
 
+    def _feature(self, given: spec.Feature) -> tuple[Any, ...]:
+        with located("dictionary"):
+            asset, meta = self.library.dictionary(given.dictionary)
+        with located("index"):
+            dictionaries.check_indices(asset, given.indices)
+        with located("dictionary"):
+            write = dictionaries.writes(asset, given.indices)
+        site, layers = self._of_dictionary(asset, meta, given.site, given.layers)
+        reads = None
+        if given.mode != "add" or given.only_if_active:
+            with located("only_if_active" if given.mode == "add" else "mode"):
+                reads = dictionaries.reads(asset, given.indices)
+        relative = meta.normalize == "constant_norm_rescale"
+
+        def make(i: int, layer: int, width: int, flags: dict[str, Any]) -> Block:
+            with located("dictionary"):
+                _as_wide(asset, write, width, layer)
+            return lower.feature(
+                i, write, reads, given.mode, given.values, given.only_if_active, relative=relative, **flags
+            )
+
+        return site, layers, [asset.ref], meta.tokens, make
+
+    def _of_dictionary(
+        self, asset: Asset, meta: DictionaryMeta, site: Site | None, layers: spec.Layers | None
+    ) -> tuple[Site, tuple[int, ...]]:
+        """Where a dictionary works: nowhere but where it was made."""
+        if site not in (None, meta.site):
+            raise InvalidRequest(f"{asset.ref} belongs to {meta.site.value}; leave site out", "site")
+        return meta.site, self._layers(layers, (meta.layer,), "dictionary")
+
+    def _read_feature(
+        self, ref: str, index: int, site: Site | None, layers: spec.Layers | None
+    ) -> tuple[str, Place, torch.Tensor, Activation]:
+        """A feature that is only read: its name, place, encoder [d] and activation function."""
+        with located("dictionary"):
+            asset, meta = self.library.dictionary(ref)
+        site, (layer,) = self._of_dictionary(asset, meta, site, layers)
+        with located("index"):
+            dictionaries.check_indices(asset, [index])
+        with located("dictionary"):
+            width = self.model.width(site, layer)
+            reads = dictionaries.reads(asset, [index])
+            _as_wide(asset, reads.direction, width, layer)
+        threshold = float(reads.threshold[0])
+        activation = Activation(float(reads.bias[0]), None if threshold == NEVER else threshold)
+        return f"{asset.ref}#{index}", Place(layer, site), reads.direction[0], activation
+
     def _neurons(self, given: spec.Neurons) -> tuple[Any, ...]:
         tokens: object = None
         if isinstance(given.neurons, str):
@@ -276,13 +324,21 @@ class _Builder:
         return given.site or meta.site, layers, [asset.ref], meta.tokens, make
 
     def _gate(self, given: spec.Gate, places: list[Place]) -> int:
-        with located("vector"):
-            found = self.library.vector(given.vector)
-        place = Place(given.layer, given.site or found.site or Site.RESID_POST)
-        with located(self._blame(place.site, "layer")):
-            width = self.model.width(place.site, place.layer)
-        with located("vector"):
-            direction = lower.unit(found.one(place.layer, width))[0]
+        measure, activation = given.measure, None
+        if given.dictionary is not None:
+            assert given.index is not None
+            read = self._read_feature(given.dictionary, given.index, given.site, given.layer)
+            measure, (_, place, direction, activation) = "feature", read
+        else:
+            assert given.vector is not None
+            assert given.layer is not None
+            with located("vector"):
+                found = self.library.vector(given.vector)
+            place = Place(given.layer, given.site or found.site or Site.RESID_POST)
+            with located(self._blame(place.site, "layer")):
+                width = self.model.width(place.site, place.layer)
+            with located("vector"):
+                direction = lower.unit(found.one(place.layer, width))[0]
         late = [p for p in places if p.order <= place.order]
         if given.over == "token" and late:
             raise GateOrder(
@@ -290,10 +346,21 @@ class _Builder:
                 f"layer {late[0].layer} {late[0].site.value}; a token gate must read an earlier place",
                 "layer",
             )
-        self.gates.append(GateRead(place, direction, given.measure, given.above, given.below, given.over, given.hold))
+        self.gates.append(
+            GateRead(place, direction, measure, given.above, given.below, given.over, given.hold, activation)
+        )
         return len(self.gates) - 1
 
     def _probe(self, given: spec.Probe) -> None:
+        if given.dictionary is not None:
+            assert given.index is not None
+            name, place, encoder, activation = self._read_feature(
+                given.dictionary, given.index, given.site, given.layers
+            )
+            self.probes.append(ProbeRead(len(self.probe_names), place, encoder, activation))
+            self.probe_names.append(name)
+            return
+        assert given.vector is not None
         with located("vector"):
             found = self.library.vector(given.vector)
         site = given.site or found.site or Site.RESID_POST
@@ -304,29 +371,6 @@ class _Builder:
                 direction = lower.unit(found.one(layer, width))[0]
             self.probes.append(ProbeRead(len(self.probe_names), Place(layer, site), direction))
         self.probe_names.append(found.name)
-
-
-def _key(parts: Iterable[tuple[str, spec.Steering]], assets: Mapping[str, Asset]) -> str:
-    """Everything that a plan depends on. A field that is stated may mean other than its default: ``tokens`` does."""
-    asked = [
-        (path, [g.model_dump(mode="json", exclude_unset=True) for g in (*part.interventions, *part.probes)])
-        for path, part in parts
-    ]
-    meant = {ref: asset.ref for ref, asset in assets.items()}
-    return hashlib.sha256(json.dumps([asked, meant], sort_keys=True).encode()).hexdigest()
-
-
-def _references(steering: spec.Steering) -> Iterable[tuple[str, str]]:
-    """(field path, asset ref) of every stored asset that a steering object names, profiles aside."""
-    for i, given in enumerate(steering.interventions):
-        for name in ("vector", "toward", "neurons", "affine"):
-            if isinstance(ref := getattr(given, name, None), str):
-                yield f"interventions[{i}].{name}", ref
-        if given.when is not None and isinstance(given.when.vector, str):
-            yield f"interventions[{i}].when.vector", given.when.vector
-    for i, probe in enumerate(steering.probes):
-        if isinstance(probe.vector, str):
-            yield f"probes[{i}].vector", probe.vector
 
 
 def _asset_tokens(value: object) -> spec.Tokens:
@@ -344,6 +388,11 @@ def _by_layer(pairs: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
     for layer, index in dict.fromkeys(pairs):
         out[layer].append(index)
     return dict(out)
+
+
+def _as_wide(asset: Asset, rows: torch.Tensor, width: int, layer: int) -> None:
+    if rows.shape[1] != width:
+        raise WidthMismatch(f"{asset.ref} is {rows.shape[1]} wide, the site is {width} wide at layer {layer}")
 
 
 def _inside(indices: list[int], count: int, what: str, layer: int) -> None:

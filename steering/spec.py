@@ -12,7 +12,18 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from steersman.steering import errors
 from steersman.steering.sites import Site
@@ -20,6 +31,7 @@ from steersman.steering.sites import Site
 MAX_INTERVENTIONS = 64
 MAX_PROBES = 64
 MAX_NEURONS = 16384  # of one inline list; a stored set may be larger
+MAX_FEATURES = 256  # of one intervention
 MAX_NUMBER = 1e6
 """No coefficient may be larger: far beyond any use, and float32 sums stay finite."""
 
@@ -80,22 +92,43 @@ class TokenSet(Model):
 Tokens = Literal["all", "prompt", "generated", "last_prompt"] | TokenSet
 
 
+def _one_source(vector: object, dictionary: object, index: object) -> None:
+    if (vector is None) == (dictionary is None):
+        raise ValueError("needs either vector, or dictionary and index")
+    if (dictionary is None) != (index is None):
+        raise ValueError("dictionary and index go together")
+
+
 class Gate(Model):
     """The edit applies only where the condition holds."""
 
-    vector: Vector
-    layer: Index
+    vector: Vector | None = None
+    dictionary: Annotated[str, Field(min_length=1)] | None = None
+    index: Index | None = Field(None, description="a feature of the dictionary")
+    layer: Index | None = Field(None, validate_default=True, description="default: the dictionary's")
     site: Site | None = None
-    measure: Literal["cosine", "projection"] = "cosine"
+    measure: Literal["cosine", "projection", "feature"] = Field("cosine", description="feature: with a dictionary")
     above: Number | None = None
     below: Number | None = None
     over: Literal["token", "prompt_mean", "last_prompt"] = "token"
     hold: bool = Field(False, description="a token gate stays open for all later tokens once it has opened")
 
+    @field_validator("layer")
+    @classmethod
+    def _of_vector(cls, layer: int | None, info: ValidationInfo) -> int | None:
+        if layer is None and info.data.get("vector") is not None:
+            raise PydanticCustomError("missing", "a gate on a vector needs the layer where it is read")
+        return layer
+
     @model_validator(mode="after")
     def _bounded(self) -> Gate:
         if self.above is None and self.below is None:
             raise ValueError("needs above, below or both")
+        _one_source(self.vector, self.dictionary, self.index)
+        if self.vector is not None and self.measure == "feature":
+            raise ValueError("measure feature goes with dictionary and index")
+        if self.dictionary is not None and "measure" in self.model_fields_set and self.measure != "feature":
+            raise ValueError("with dictionary the measure is feature")
         return self
 
 
@@ -165,6 +198,40 @@ class Rotate(Directed):
     degrees: Number
 
 
+class Feature(Common):
+    """x + (a′ − a)·W_dec[i] with a = f_i(x) by the dictionary's own encoder, so the reconstruction error is kept.
+
+    a′ is ``value`` (``set``), a + value (``add``), a·value (``scale``) or 0 (``ablate``). The features of a list are
+    all read before any is changed; interventions that follow each other see each other's changes.
+    """
+
+    op: Literal["feature"]
+    dictionary: Annotated[str, Field(min_length=1)]
+    index: Index | Annotated[list[Index], Field(min_length=1, max_length=MAX_FEATURES)]
+    mode: Literal["set", "add", "scale", "ablate"] = "set"
+    value: Number | Annotated[list[Number], Field(min_length=1, max_length=MAX_FEATURES)] | None = None
+    only_if_active: bool = Field(False, description="leave tokens alone on which the feature is not active")
+
+    @property
+    def indices(self) -> list[int]:
+        return self.index if isinstance(self.index, list) else [self.index]
+
+    @property
+    def values(self) -> list[float]:
+        """One for each of ``indices``; 0 for ``ablate``."""
+        return self.value if isinstance(self.value, list) else [self.value or 0.0] * len(self.indices)
+
+    @model_validator(mode="after")
+    def _one_value_each(self) -> Feature:
+        if (self.mode == "ablate") != (self.value is None):
+            raise ValueError("set, add and scale need value; ablate goes without")
+        if len(set(self.indices)) != len(self.indices):
+            raise ValueError("a feature is named twice")
+        if len(self.values) != len(self.indices):
+            raise ValueError("a list of values needs one for each index")
+        return self
+
+
 class Neurons(Common):
     """Sets, adds to or scales named neurons at ``mlp_post``."""
 
@@ -201,17 +268,24 @@ class Affine(Common):
 
 
 Intervention = Annotated[
-    Add | Ablate | Clamp | Multiply | Rotate | Neurons | Heads | Affine,
+    Add | Ablate | Clamp | Multiply | Rotate | Feature | Neurons | Heads | Affine,
     Field(discriminator="op"),
 ]
 
 
 class Probe(Model):
-    """A direction that is only read: its coordinate v̂·x, reported per layer."""
+    """What is only read, and reported per layer: a direction's coordinate v̂·x, or a feature's activation."""
 
-    vector: Vector
+    vector: Vector | None = None
+    dictionary: Annotated[str, Field(min_length=1)] | None = None
+    index: Index | None = Field(None, description="a feature of the dictionary")
     layers: Layers | None = None
     site: Site | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Probe:
+        _one_source(self.vector, self.dictionary, self.index)
+        return self
 
 
 class Steering(Model):
@@ -221,7 +295,13 @@ class Steering(Model):
     default: bool = Field(True, description="false leaves out the server's default profile")
     interventions: list[Intervention] = Field(default_factory=list, max_length=MAX_INTERVENTIONS)
     probes: list[Probe] = Field(default_factory=list, max_length=MAX_PROBES)
-    report: Literal["none", "summary", "layers"] = "summary"
+    report: Literal["none", "summary", "layers", "tokens"] = "summary"
+    stream_probes: bool = Field(False, description="send what the probes read with each chunk of a stream")
+
+    @property
+    def every_token(self) -> bool:
+        """Whether what is reported tells of single tokens."""
+        return self.report == "tokens" or self.stream_probes
 
 
 def parse(data: object, path: str = "steering") -> Steering:

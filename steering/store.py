@@ -8,6 +8,8 @@ every order that the name already has. It is written with the version itself, so
 leave behind. Adding content that is there already changes nothing, not even which version is the latest.
 
 Content is hashed whenever it is read from disk, so a damaged file is an `AssetCorrupt` that names it, never an edit.
+A dictionary stays on disk and is read by rows. It is hashed when it is opened if it has at most `HASHED_BYTES`; a
+larger one is then only checked for its header and length, and hashed by `add` and `verify`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,16 +36,20 @@ from steersman.steering.assets import (
     dump_metadata,
     is_name,
     parse_metadata,
+    tensor_specs,
 )
 from steersman.steering.errors import (
     AmbiguousVersion,
     AssetCorrupt,
     AssetExists,
     SteeringError,
+    StoreUnavailable,
     UnknownAsset,
 )
+from steersman.steering.rows import RowFile
 from steersman.steering.store_roots import METADATA, TENSORS, Root, open_root
 
+HASHED_BYTES: Final = 1 << 30
 _REF: Final = re.compile(rf"(?P<name>[^@]+)(?:@(?P<version>[0-9a-f]{{1,{VERSION_LENGTH}}}))?")
 
 
@@ -110,10 +116,12 @@ class Store:
                 "sha256": asset.sha256,
                 "order": max([time.time_ns(), *(order + 1 for order in orders)]),
                 "at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "tensors": _specs(asset),
+                "tensors": tensor_specs(asset.tensors),
             }
             text = json.dumps({**dump_metadata(asset.meta), "stored": stored}, indent=1, sort_keys=True)
-            files = {TENSORS: safetensors.torch.save(dict(asset.tensors)), METADATA: text.encode()}
+            tensors = asset.tensors
+            content = tensors.content() if isinstance(tensors, RowFile) else [safetensors.torch.save(dict(tensors))]
+            files: dict[str, Iterable[bytes]] = {TENSORS: content, METADATA: [text.encode()]}
             self._root.write(asset.name, asset.version, files, replace=asset.version in known)
             self._root.forget(asset.name, asset.version)
         return asset.ref
@@ -250,6 +258,8 @@ class Store:
     def _load_once(self, name: str, version: str, origin: bool) -> Asset:
         info, hashed = self._read_metadata(name, version)
         where = f"{name}/{version}/{TENSORS}"
+        if info.meta.kind == "dictionary":
+            return self._open(info, hashed, origin)
         data = self._read_file(name, version, TENSORS, origin)
         try:
             tensors = safetensors.torch.load(data)
@@ -257,6 +267,24 @@ class Store:
                 raise ValueError(f"its content and {METADATA} do not have the hash {info.sha256}")
             return Asset(info.meta, tensors, info.sha256)
         except Exception as error:  # the reader of tensors documents no list of what it raises
+            raise AssetCorrupt(f"{where} is damaged: {error}") from error
+
+    def _open(self, info: AssetInfo, hashed: dict[str, Any], origin: bool) -> Asset:
+        """A dictionary, whose tensors stay on disk. `origin`: whatever its size, hash it."""
+        where = f"{info.name}/{info.version}/{TENSORS}"
+        try:
+            tensors = RowFile(self._root.path(info.name, info.version, TENSORS, origin))
+            if tensor_specs(tensors) != info.tensors:
+                raise ValueError(f"its tensors are not those that {METADATA} states")
+            whole = origin or tensors.nbytes <= HASHED_BYTES
+            if whole and content_sha256(hashed, tensors) != info.sha256:
+                raise ValueError(f"its content and {METADATA} do not have the hash {info.sha256}")
+            return Asset(info.meta, tensors, info.sha256)
+        except FileNotFoundError as error:
+            raise AssetCorrupt(f"{where} is missing") from error
+        except StoreUnavailable:
+            raise
+        except (SteeringError, ValueError, OSError) as error:
             raise AssetCorrupt(f"{where} is damaged: {error}") from error
 
     def _read_file(self, name: str, version: str, file: str, origin: bool) -> bytes:
@@ -295,13 +323,6 @@ def _sound(info: AssetInfo | AssetCorrupt) -> AssetInfo:
     if isinstance(info, AssetCorrupt):
         raise AssetCorrupt(info.message)
     return info
-
-
-def _specs(asset: Asset) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": [*tensor.shape]}
-        for name, tensor in asset.tensors.items()
-    }
 
 
 def _searchable(meta: AssetMeta) -> str:

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -50,8 +50,12 @@ class Root(Protocol):
         """A file's bytes, `origin`: not from a local copy. OSError when this very file is missing or cannot be read."""
         ...
 
-    def write(self, name: str, version: str, files: Mapping[str, bytes], replace: bool) -> None:
-        """`replace`: what is there is damaged. Otherwise a version that is there already is kept."""
+    def path(self, name: str, version: str, file: str, origin: bool) -> Path:
+        """A local file with the same content, to be read by parts; errors as for `read`."""
+        ...
+
+    def write(self, name: str, version: str, files: Mapping[str, Iterable[bytes]], replace: bool) -> None:
+        """Each file's content in parts; a list is small. `replace`: what is there is damaged, else it is kept."""
         ...
 
     def delete(self, name: str, version: str) -> None: ...
@@ -90,14 +94,17 @@ class LocalRoot:
     def read(self, name: str, version: str, file: str, origin: bool) -> bytes:
         return (self._path / name / version / file).read_bytes()
 
-    def write(self, name: str, version: str, files: Mapping[str, bytes], replace: bool) -> None:
+    def path(self, name: str, version: str, file: str, origin: bool) -> Path:
+        return self._path / name / version / file
+
+    def write(self, name: str, version: str, files: Mapping[str, Iterable[bytes]], replace: bool) -> None:
         folder = self._path / name
         hidden = folder / f"{_HIDDEN}{version}-{secrets.token_hex(8)}"
         try:
             with _reaching(f"writing {name}/{version}"):
                 _make(hidden)
-                for file, data in files.items():
-                    _write_flushed(hidden / file, data)
+                for file, parts in files.items():
+                    _write_flushed(hidden / file, parts)
                 _flush_folder(hidden)
                 self._publish(hidden, folder / version, replace)
                 _flush_folder(folder)
@@ -175,13 +182,38 @@ class RemoteRoot:
             _keep_copy(copy, data)
         return data
 
-    def write(self, name: str, version: str, files: Mapping[str, bytes], replace: bool) -> None:
+    def path(self, name: str, version: str, file: str, origin: bool) -> Path:
+        copy = self._copy(name, version)
+        if copy.exists() and not origin:
+            return copy
+        hidden = copy.with_name(f"{_HIDDEN}{secrets.token_hex(8)}")
+        try:
+            with _reaching(f"reading {name}/{version}/{file}"):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                self._fs.get_file(f"{self._path}/{name}/{version}/{file}", str(hidden))
+                os.replace(hidden, copy)
+        except FileNotFoundError:
+            self._changed(name)
+            raise
+        finally:
+            hidden.unlink(missing_ok=True)
+        return copy
+
+    def write(self, name: str, version: str, files: Mapping[str, Iterable[bytes]], replace: bool) -> None:
         folder = f"{self._path}/{name}/{version}"
         with _reaching(f"writing {name}/{version}"):
             self._fs.makedirs(folder, exist_ok=True)
             for file in sorted(files, key=lambda file: file == METADATA):  # last
-                self._fs.pipe_file(f"{folder}/{file}", files[file])
+                self._put(f"{folder}/{file}", files[file])
         self._changed(name)
+
+    def _put(self, path: str, parts: Iterable[bytes]) -> None:
+        if isinstance(parts, list):
+            self._fs.pipe_file(path, b"".join(parts))
+            return
+        with self._fs.open(path, "wb") as target:  # becomes visible when it is closed
+            for part in parts:
+                target.write(part)
 
     def delete(self, name: str, version: str) -> None:
         folder = f"{self._path}/{name}/{version}"
@@ -284,9 +316,10 @@ def _make(folder: Path) -> None:
             return
 
 
-def _write_flushed(path: Path, data: bytes) -> None:
+def _write_flushed(path: Path, parts: Iterable[bytes]) -> None:
     with path.open("xb") as file:
-        file.write(data)
+        for part in parts:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
 

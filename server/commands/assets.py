@@ -1,10 +1,11 @@
-"""Look after a store of assets: add, list, show, rm, verify."""
+"""Look after a store of assets: add, list, show, export, rm, verify; convert files of other projects."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.table import Table
 from steersman.server.commands.remote import json_object
 from steersman.server.settings import default_store, variable
 from steersman.steering.assets import KINDS, dump_metadata
-from steersman.steering.formats import native, uploads
+from steersman.steering.formats import dictionary_files, gguf, native, saes, uploads
 from steersman.steering.store import Store
 
 
@@ -24,10 +25,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     store = os.environ.get(variable("store")) or default_store()
     parser.add_argument("--store", default=store, help="a folder or fsspec URL [%(default)s]")
     actions = parser.add_subparsers(dest="action", required=True)
-    add = actions.add_parser("add", help="add a .safetensors, .gguf or .json file")
-    add.add_argument("file", type=Path)
-    add.add_argument("--metadata", type=json_object, default={}, help="JSON object with what the file does not say")
-    add.add_argument("--name", help="the asset's name, where the file does not say")
+    add = actions.add_parser("add", help="add a .safetensors, .gguf, .svec or .json file")
+    convert = actions.add_parser("convert", help="turn a file or folder of another project into a .safetensors to add")
+    for reads in (add, convert):
+        reads.add_argument("file", type=Path)
+        reads.add_argument(
+            "--metadata", type=json_object, default={}, help="JSON object with what the file does not say"
+        )
+        reads.add_argument("--name", help="the asset's name, where the file does not say")
+    add.add_argument("--kind", choices=("dictionary",), help="dictionary: of another project, a file or folder")
+    add.add_argument("--format", choices=sorted(saes.FORMATS), help="of a dictionary, where it cannot be told")
+    add.add_argument("--labels", type=Path, help="a dictionary's labels: JSON, or Neuronpedia's JSON lines")
+    convert.add_argument("--out", type=Path, help="where to write [NAME.safetensors]")
+    export = actions.add_parser(
+        "export", help="write an asset as .gguf, .safetensors or .json, as the file's name ends"
+    )
+    export.add_argument("ref", metavar="NAME[@VERSION]")
+    export.add_argument("out", type=Path)
+    export.add_argument("--saelens", action="store_true", help="write a dictionary as a folder that SAELens loads")
+    export.add_argument("--for-llama-cpp", action="store_true", help="refuse what llama.cpp does not load")
     listing = actions.add_parser("list", help="list what is stored")
     listing.add_argument("--kind", choices=KINDS)
     listing.add_argument("--model")
@@ -38,18 +54,70 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    action: Any = {"add": _add, "list": _list, "show": _show, "rm": _rm, "verify": _verify}[args.action]
+    if args.action == "convert":
+        return _convert(args)
+    actions = {"add": _add, "list": _list, "show": _show, "export": _export, "rm": _rm, "verify": _verify}
+    action: Any = actions[args.action]
     return int(action(args, Store(args.store)))
 
 
 def _add(args: argparse.Namespace, store: Store) -> int:
+    if args.kind == "dictionary":
+        return _add_dictionary(args, store)
     data = args.file.read_bytes()
-    fields = {**args.metadata, **({"name": args.name} if args.name else {})}
+    fields = _fields(args)
     if args.file.suffix == ".json":
         asset = native.from_json({**native.loads(data, "file"), **fields})
     else:
         asset = uploads.read(data, fields or None)
     print(store.add(asset))
+    return 0
+
+
+def _add_dictionary(args: argparse.Namespace, store: Store) -> int:
+    fields = _fields(args)
+    if args.format:
+        fields["format"] = args.format
+    if args.labels:
+        fields["labels"] = args.labels.read_bytes()
+    with tempfile.TemporaryDirectory() as scratch:
+        print(store.add(dictionary_files.from_path(args.file, fields, Path(scratch))))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from steersman.clients.convert import convert  # it opens pickles: no server process has it loaded
+
+    asset = convert(args.file, _fields(args))
+    out = args.out or Path(f"{asset.name}.safetensors")
+    out.write_bytes(native.to_safetensors(asset))
+    print(f"{out}: {asset.meta.kind} {asset.ref}")
+    return 0
+
+
+def _fields(args: argparse.Namespace) -> dict[str, Any]:
+    return {**args.metadata, **({"name": args.name} if args.name else {})}
+
+
+def _export(args: argparse.Namespace, store: Store) -> int:
+    if args.saelens:
+        asset = store.get(args.ref)
+        dictionary_files.to_folder(asset, args.out)
+        print(f"{args.out}: {asset.ref}")
+        return 0
+    if args.out.suffix not in (".gguf", ".safetensors", ".json"):
+        raise SystemExit(f"steersman assets export: {args.out}: wanted is a name in .gguf, .safetensors or .json")
+    asset = store.get(args.ref)
+    if args.out.suffix == ".gguf":
+        data = gguf.to_gguf(asset, for_llama_cpp=args.for_llama_cpp)
+    elif args.for_llama_cpp:
+        raise SystemExit("steersman assets export: --for-llama-cpp goes with a name in .gguf")
+    elif args.out.suffix == ".json":
+        data = json.dumps(native.to_json(asset)).encode()
+    else:
+        data = native.to_safetensors(asset)
+    args.out.write_bytes(data)
+    print(f"{args.out}: {asset.ref}")
     return 0
 
 

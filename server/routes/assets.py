@@ -17,13 +17,16 @@ from steersman.server.engine.frontend import DEFAULT_NAME, Frontend
 from steersman.server.state import state_of
 from steersman.steering import assets as kinds
 from steersman.steering import spec
-from steersman.steering.assets import Asset, ProfileMeta
-from steersman.steering.errors import AssetInUse, InvalidRequest, UploadMalformed, located
+from steersman.steering.assets import Asset, DictionaryMeta, ProfileMeta
+from steersman.steering.errors import AssetInUse, AssetKindMismatch, InvalidRequest, UploadMalformed, located
 from steersman.steering.formats import gguf, native, uploads
-from steersman.steering.store import AssetInfo, parse_ref
+from steersman.steering.labels import Labelled, Labels
+from steersman.steering.store import AssetInfo, Store, parse_ref
 
 router = APIRouter(prefix="/v1/steering/assets")
 Filter = Annotated[str | None, Query()]
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Offset = Annotated[int, Query(ge=0, lt=2**31)]
 
 
 @router.get("")
@@ -74,6 +77,19 @@ async def fetch(ref: str, raw: Request, format: Filter = None) -> Response:
     return Response(data, headers={"content-disposition": name}, media_type="application/octet-stream")
 
 
+@router.get("/{ref}/features")
+async def features(
+    ref: str, raw: Request, query: Filter = None, active_on: Filter = None, limit: Limit = 20, offset: Offset = 0
+) -> Response:
+    """A dictionary's labelled features: those whose label has words that begin with all of ``query``'s, best first."""
+    if active_on is not None:
+        raise InvalidRequest("this server cannot tell which features are active on a text; use query", "active_on")
+    store = state_of(raw.app).frontend.store
+    asset, found, total = await asyncio.to_thread(_features, store, ref, query, limit, offset)
+    data = [{"index": feature, "label": label} for feature, label in found]
+    return Json({"object": "list", "dictionary": asset.ref, "total": total, "data": data})
+
+
 @router.delete("/{ref}", dependencies=[Depends(admin)])
 async def delete(ref: str, raw: Request) -> Response:
     """Deletes a version, or with a plain name all of them. Requests already accepted are not affected."""
@@ -91,6 +107,15 @@ def _delete(frontend: Frontend, ref: str) -> tuple[str, ...]:
         if used:
             raise AssetInUse(f"the server's default profile needs {', '.join(sorted(used))}")
         return frontend.store.remove(ref)
+
+
+def _features(store: Store, ref: str, query: str | None, limit: int, offset: int) -> tuple[Asset, list[Labelled], int]:
+    with located("ref"):
+        asset = store.get(ref)
+        if not isinstance(asset.meta, DictionaryMeta):
+            raise AssetKindMismatch(f"{asset.ref} is of kind {asset.meta.kind}; wanted: dictionary")
+    found, total = Labels(asset).search(query, limit, offset)
+    return asset, found, total
 
 
 def attach(app: FastAPI) -> None:

@@ -1,8 +1,9 @@
 """Control vectors in GGUF, as repeng, llama.cpp and EasySteer write them: one float32 row `direction.<L>` per layer.
 
-L is the 0-based block at whose output the row is added, in all three: a `vector` asset at `resid_post`. llama.cpp's
-loader refuses `direction.0`. Key-value fields are kept as provenance; one of ours, `steersman.asset`, carries the whole
-metadata, so that an exported asset comes back under the same name and version.
+L is the 0-based block at whose output the row is added, in all three: a `vector` asset at `resid_post`. (llama.cpp
+keeps row L at the place L − 1 of its buffer, and reads that place at block L; its loader refuses `direction.0`.)
+Key-value fields are kept as provenance; one of ours, `steersman.asset`, carries the whole metadata, so that an exported
+asset comes back under the same name and version.
 
 The `gguf` package reads the file only after `_check` has walked its header within bounds: the package itself trusts the
 counts that a file states, and a few crafted bytes would keep it busy for years.
@@ -27,12 +28,11 @@ from steersman.steering.errors import (
     AssetKindMismatch,
     FormatUnavailable,
     InvalidRequest,
-    LayerOutOfRange,
     ModelMismatch,
     SiteUnsupported,
     UploadMalformed,
-    WidthMismatch,
 )
+from steersman.steering.formats.foreign import assemble, needed_model, stack
 from steersman.steering.formats.native import loads
 from steersman.steering.sites import Site
 
@@ -63,16 +63,8 @@ def from_gguf(data: bytes, /, *, name: str | None = None, model: ModelRef | None
             raise UploadMalformed(f"not a readable GGUF file: {error}", "file") from error
     if values.get("general.architecture") != ARCHITECTURE:
         raise UploadMalformed(f"its general.architecture is not {ARCHITECTURE}", "file")
-    layers, vectors = _stack(rows)
-    metadata = _metadata(values, layers, model)
-    metadata |= {key: value for key, value in {"name": name, **fields}.items() if value is not None}
-    if "name" not in metadata:
-        raise InvalidRequest("the file states no name", "name")
-    if layers[-1] >= metadata["model"]["n_layers"]:
-        raise LayerOutOfRange(f"direction.{layers[-1]} is beyond {_of(metadata['model'])}", "file")
-    if vectors.shape[1] != metadata["model"]["d_model"]:
-        raise WidthMismatch(f"its rows are {vectors.shape[1]} wide, not those of {_of(metadata['model'])}", "file")
-    return Asset(parse_metadata(metadata), {"vectors": vectors})
+    layers, vectors = stack({_layer(name): torch.from_numpy(row) for name, row in rows.items()})
+    return assemble(_metadata(values, layers, model), {"name": name, **fields}, {"vectors": vectors})
 
 
 def to_gguf(asset: Asset, *, model_hint: str | None = None, for_llama_cpp: bool = False) -> bytes:
@@ -111,19 +103,11 @@ def _library() -> Any:
     return gguf
 
 
-def _stack(rows: Mapping[str, Any]) -> tuple[list[int], torch.Tensor]:
-    by_layer: dict[int, Any] = {}
-    for name, row in rows.items():
-        match = _DIRECTION.fullmatch(name)
-        if match is None:
-            raise UploadMalformed(f"a control vector has no tensor '{name[:64]}'", "file")
-        by_layer[int(match[1])] = row
-    if not by_layer:
-        raise UploadMalformed("it holds no tensor direction.<layer>", "file")
-    if len({row.shape for row in by_layer.values()}) != 1:
-        raise UploadMalformed("its directions differ in length", "file")
-    layers = sorted(by_layer)
-    return layers, torch.from_numpy(np.stack([by_layer[layer] for layer in layers]))
+def _layer(name: str) -> int:
+    match = _DIRECTION.fullmatch(name)
+    if match is None:
+        raise UploadMalformed(f"a control vector has no tensor '{name[:64]}'", "file")
+    return int(match[1])
 
 
 def _metadata(values: Mapping[str, Any], layers: list[int], model: ModelRef | None) -> dict[str, Any]:
@@ -135,8 +119,7 @@ def _metadata(values: Mapping[str, Any], layers: list[int], model: ModelRef | No
         if not isinstance(meta, VectorMeta) or list(meta.layers) != layers:
             raise UploadMalformed(f"its tensors are not those of its {ASSET_KEY}", "file")
         return metadata
-    if model is None:
-        raise InvalidRequest("a control-vector file does not state its model's id and size: name the model", "model")
+    model = needed_model(model, "a control-vector file")
     prefix = f"{ARCHITECTURE}."
     stated = {key.removeprefix(prefix): _plain(value) for key, value in values.items() if key.startswith(prefix)}
     return {
@@ -150,10 +133,6 @@ def _metadata(values: Mapping[str, Any], layers: list[int], model: ModelRef | No
 
 def _shape(model: ModelRef) -> tuple[str, int, int]:
     return model.id, model.n_layers, model.d_model
-
-
-def _of(model: Mapping[str, Any]) -> str:
-    return f"{model['id']} ({model['n_layers']} layers, d_model {model['d_model']})"
 
 
 def _plain(value: Any) -> Any:

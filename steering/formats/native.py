@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn
 import safetensors.torch
 import torch
 
-from steersman.steering.assets import DTYPES, Asset, canonical_json, dump_metadata, parse_metadata
+from steersman.steering.assets import DTYPES, LABEL_DTYPES, Asset, canonical_json, dump_metadata, parse_metadata
 from steersman.steering.errors import (
     InlineMalformed,
     InvalidRequest,
@@ -29,6 +29,7 @@ from steersman.steering.errors import (
 
 HEADER_KEY: Final = "steersman"
 _MAX_DIMENSIONS: Final = 3
+_READABLE: Final = DTYPES | {str(dtype).removeprefix("torch."): dtype for dtype in LABEL_DTYPES.values()}
 
 
 def from_safetensors(data: bytes, metadata: Mapping[str, Any] | None = None) -> Asset:
@@ -85,8 +86,8 @@ def decode_tensor(value: Mapping[str, Any], param: str) -> torch.Tensor:
         if key not in ("dtype", "shape", "data"):
             raise UnknownField(f"unknown field '{key}'", f"{param}.{key}")
     dtype, shape, data = value.get("dtype", "float32"), value.get("shape"), value.get("data")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InlineMalformed(f"must be one of {', '.join(DTYPES)}", f"{param}.dtype")
+    if not isinstance(dtype, str) or dtype not in _READABLE:
+        raise InlineMalformed(f"must be one of {', '.join(_READABLE)}", f"{param}.dtype")
     if not isinstance(shape, list | tuple) or not 1 <= len(shape) <= _MAX_DIMENSIONS or not all(map(_is_size, shape)):
         raise InlineMalformed(f"must be 1 to {_MAX_DIMENSIONS} positive integers", f"{param}.shape")
     if not isinstance(data, str):
@@ -95,10 +96,10 @@ def decode_tensor(value: Mapping[str, Any], param: str) -> torch.Tensor:
         raw = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InlineMalformed(f"must be base64 text: {error}", f"{param}.data") from error
-    wanted = math.prod(shape) * DTYPES[dtype].itemsize
+    wanted = math.prod(shape) * _READABLE[dtype].itemsize
     if len(raw) != wanted:
         raise InlineMalformed(f"holds {len(raw)} bytes; {dtype} {list(shape)} needs {wanted}", f"{param}.data")
-    return torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).reshape(tuple(shape))
+    return torch.frombuffer(bytearray(raw), dtype=_READABLE[dtype]).reshape(tuple(shape))
 
 
 def loads(text: str | bytes, param: str) -> dict[str, Any]:

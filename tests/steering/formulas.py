@@ -57,6 +57,20 @@ def rotate(x: Tensor, given: Mapping[str, Any]) -> Tensor:
     return x - a * e1 - b * e2 + turned
 
 
+def feature(x: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """JumpReLU features of `dictionary` [encoder, b_enc, threshold, decoder, b_dec], all read off the same x."""
+    part = {name: tensor.double() for name, tensor in given["dictionary"].items()}
+    p = (x - part["b_dec"]) @ part["encoder"].T + part["b_enc"]
+    a = torch.where((p > part["threshold"]) & (p > 0), p, 0 * p)
+    change = torch.zeros_like(a)
+    for i in given["index"]:
+        to = {"set": given["value"], "add": a[:, i] + given["value"], "scale": a[:, i] * given["value"], "ablate": 0.0}
+        change[:, i] = to[given["mode"]] - a[:, i]
+    if given["only_if_active"]:
+        change = torch.where(a > 0, change, 0 * a)
+    return x + change @ part["decoder"]
+
+
 def neurons(x: Tensor, given: Mapping[str, Any]) -> Tensor:
     x = x.clone()
     for i in {index for _, index in given["neurons"]}:
@@ -82,4 +96,4 @@ def affine(x: Tensor, given: Mapping[str, Any]) -> Tensor:
     return x + given["strength"] * (x @ a.T + b - x @ r.T) @ r
 
 
-OPS = {f.__name__: f for f in (add, ablate, clamp, multiply, rotate, neurons, heads, affine)}
+OPS = {f.__name__: f for f in (add, ablate, clamp, multiply, rotate, feature, neurons, heads, affine)}

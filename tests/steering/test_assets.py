@@ -25,7 +25,7 @@ from steersman.steering.errors import (
 
 MODEL = {"id": "tiny", "n_layers": 4, "d_model": 6}
 L, D, M, R = 2, 6, 9, 3
-DICTIONARY = {"W_enc": (D, M), "W_dec": (M, D), "b_dec": (D,)}
+DICTIONARY = {"encoder": (M, D), "decoder": (M, D), "b_dec": (D,)}
 
 
 def metadata(kind: str, **fields: Any) -> dict[str, Any]:
@@ -113,6 +113,10 @@ def test_edited_layers(kind: str, layers: tuple[int, ...]) -> None:
         ("neurons", {"d_ff": 100}, InvalidRequest, None),
         ("dictionary", {"architecture": "topk"}, InvalidRequest, None),
         ("dictionary", {"k": 3}, InvalidRequest, None),
+        ("dictionary", {"read_site": "mlp_in", "apply_b_dec_to_input": True}, InvalidRequest, None),
+        ("dictionary", {"normalize": "layer_norm", "input_scale": 2.0}, InvalidRequest, None),
+        ("dictionary", {"input_scale": 0.0}, InvalidRequest, "input_scale"),
+        ("dictionary", {"read_site": "nowhere"}, InvalidRequest, "read_site"),
         ("recipe", {"rr_mlp": [0.0]}, InvalidRequest, None),
         ("recipe", {"sources": {"attn": [4]}}, LayerOutOfRange, None),
         ("recipe", {"lambda_a": math.nan}, NonFinite, "lambda_a"),
@@ -158,8 +162,13 @@ def with_tensor(kind: str, name: str, tensor: torch.Tensor | None, **fields: Any
         ("vector", "vectors", torch.zeros(L, D, dtype=torch.float64), InvalidRequest, "tensors.vectors"),
         ("vector", "vectors", torch.full((L, D), math.nan), NonFinite, "tensors.vectors"),
         ("vector", "vectors", torch.full((L, D), math.inf).bfloat16(), NonFinite, "tensors.vectors"),
-        ("dictionary", "W_enc", torch.zeros(D + 1, M), WidthMismatch, "tensors.W_enc"),
-        ("dictionary", "W_dec", torch.zeros(D, M), InvalidRequest, "tensors.W_dec"),
+        ("dictionary", "encoder", torch.zeros(M, D + 1), InvalidRequest, "tensors.encoder"),
+        ("dictionary", "decoder", torch.zeros(M, D + 1), WidthMismatch, "tensors.decoder"),
+        ("dictionary", "decoder", torch.zeros(M + 1, D), InvalidRequest, "tensors.encoder"),
+        ("dictionary", "b_dec", torch.zeros(M), InvalidRequest, "tensors.b_dec"),
+        ("dictionary", "label_ends", torch.zeros(M, dtype=torch.int64), InvalidRequest, "tensors"),
+        ("dictionary", "labels", torch.zeros(3), InvalidRequest, "tensors.labels"),
+        ("dictionary", "skip", torch.zeros(D, D), InvalidRequest, "tensors"),
         ("dictionary", "threshold", torch.zeros(1), InvalidRequest, "tensors.threshold"),
         ("dictionary", "threshold", None, InvalidRequest, "tensors"),
         ("affine", "A", torch.zeros(L, R + 1, D), InvalidRequest, "tensors.A"),

@@ -21,6 +21,7 @@ MODEL = ModelInfo("tiny", "Tiny", LAYERS, D, HEADS, D_HEAD, {site: dict.fromkeys
 SPOT = Place(1, Site.ATTN_Z)  # where every op may work
 GATE = {"vector": inline(noise(D)), "layer": 0, "above": 0}
 N = 6  # tokens
+FEATURES = 5
 
 
 def directions(exact: bool, k: int = 1) -> st.SearchStrategy[Tensor]:
@@ -47,10 +48,17 @@ OTHER_SEEDS = st.integers(2 * 10**6, 3 * 10**6)  # than directions() has: never 
 UNITS = st.lists(st.integers(0, D - 1), min_size=1, max_size=4)
 
 
+def dictionary(seed: int) -> dict[str, Tensor]:
+    """Thresholds are far from what an activation is likely to be, up to float32's rounding."""
+    shapes = {"encoder": (FEATURES, D), "decoder": (FEATURES, D), "b_enc": (FEATURES,), "b_dec": (D,)}
+    out = {name: noise(*shape, seed=seed + i) / 4 for i, (name, shape) in enumerate(shapes.items())}
+    return {**out, "threshold": noise(FEATURES, seed=seed + 9).abs()}
+
+
 @st.composite
 def interventions(draw: st.DrawFn, exact: bool) -> dict[str, Any]:
     """One intervention, with tensors where the request will have inline vectors or an asset."""
-    op = draw(st.sampled_from(sorted(set(formulas.OPS) - ({"rotate", "affine"} if exact else set()))))
+    op = draw(st.sampled_from(sorted(set(formulas.OPS) - ({"rotate", "affine", "feature"} if exact else set()))))
     out: dict[str, Any] = {"op": op, "preserve_norm": draw(st.booleans()), "gated": draw(st.booleans())}
     v = draw(directions(exact))[0]
     if op == "add":
@@ -68,6 +76,11 @@ def interventions(draw: st.DrawFn, exact: bool) -> dict[str, Any]:
         out |= {"vector": v, "factor": draw(numbers(-2, 2))}
     elif op == "rotate":
         out |= {"vector": v, "toward": noise(D, seed=draw(OTHER_SEEDS)), "degrees": draw(numbers(-360, 360))}
+    elif op == "feature":
+        mode = draw(st.sampled_from(["set", "add", "scale", "ablate"]))
+        index = draw(st.lists(st.integers(0, FEATURES - 1), min_size=1, max_size=3, unique=True))
+        out |= {"dictionary": dictionary(draw(st.integers(0, 1000))), "index": index, "mode": mode}
+        out |= {"value": 0.0 if mode == "ablate" else draw(numbers(-2, 2)), "only_if_active": draw(st.booleans())}
     elif op == "neurons":
         mode = draw(st.sampled_from(["set", "add", "scale"]))
         out |= {"neurons": [(1, i) for i in draw(UNITS)], "mode": mode, "value": draw(numbers(-2, 2))}
@@ -96,7 +109,14 @@ def compiled(wanted: list[dict[str, Any]]) -> Program:
             model = {**REF, "d_model": D}
             assets.append(asset(f"map-{i}", "affine", each["affine"], layers=[1], site="attn_z", model=model))
             body["affine"] = f"map-{i}"
-        if each["op"] not in ("neurons", "heads", "affine"):
+        elif each["op"] == "feature":
+            model = {**REF, "d_model": D}
+            about = {"layer": 1, "site": "attn_z", "architecture": "jumprelu", "apply_b_dec_to_input": True}
+            assets.append(asset(f"sae-{i}", "dictionary", each["dictionary"], model=model, **about))
+            body["dictionary"] = f"sae-{i}"
+            if each["mode"] == "ablate":
+                del body["value"]
+        if each["op"] not in ("neurons", "heads", "affine", "feature"):
             body["layers"] = 1
         if each["gated"]:
             body["when"] = GATE

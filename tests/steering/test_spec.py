@@ -24,6 +24,7 @@ OPS: dict[str, dict[str, Any]] = {
     "clamp": {"vector": "v", "value": 1},
     "multiply": {"vector": "v", "factor": 2},
     "rotate": {"vector": "v", "toward": "w", "degrees": 30},
+    "feature": {"dictionary": "d", "index": 3, "value": 4},
     "neurons": {"neurons": "n", "value": 4},
     "heads": {"heads": [[0, 1]], "factor": 0},
     "affine": {"affine": "a"},

@@ -1,0 +1,184 @@
+"""Feature dictionaries: what one feature reads and writes, and the whole encode and decode.
+
+A dictionary's tensors have one row per feature, so that a feature is a few rows of a file (`steering/rows.py`):
+`encoder` [m, d], `decoder` [m, d_out], biases and thresholds [m]. With z the activation after the dictionary's own
+normalisation, z = input_scale·x,
+
+| architecture | a_i |
+|---|---|
+| standard | ReLU(p), p = encoder_i·(z − b_dec) + b_enc_i (b_dec only with `apply_b_dec_to_input`) |
+| jumprelu | p where p > max(threshold_i, 0), else 0. BatchTopK and Matryoshka dictionaries are exported so |
+| gated | with u = encoder_i·(z − b_dec): ReLU(exp(r_mag_i)·u + b_mag_i) where u + b_gate_i > 0, else 0 |
+| topk | ReLU(p) for the k features of the largest p, else 0 |
+| matching_pursuit | greedy: r = z − b_dec; again and again the feature of the largest decoder_i·r takes it out of r |
+| linear | p: coordinates in a basis |
+| basis | none: directions only (SNMF features, meta-features) |
+
+The first three and `linear` depend on one row of the encoder: they are rows of a block (`kernels/program.py`). gated:
+u > −b_gate is the same as exp(r)·u + b_mag > b_mag − exp(r)·b_gate, a threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steersman.steering.assets import Asset, DictionaryMeta
+from steersman.steering.errors import FeatureUnreadable, OutOfRange
+from steersman.steering.rows import take
+
+_ROWS = 4096  # features whose encoder is in memory at once
+_ADD = 'mode "add" without only_if_active'
+
+
+@dataclass(frozen=True)
+class Reads:
+    """How k features are read off x itself: a = p where p > threshold, else 0, with p = direction·x + bias."""
+
+    direction: Tensor  # [k, d] float32
+    bias: Tensor  # [k] float32
+    threshold: Tensor  # [k] float32, −inf: a = p
+
+
+def dictionary(asset: Asset) -> DictionaryMeta:
+    assert isinstance(asset.meta, DictionaryMeta), "the caller has looked up a dictionary"
+    return asset.meta
+
+
+def check_indices(asset: Asset, indices: Sequence[int]) -> None:
+    count = asset.shapes["decoder"][0]
+    if max(indices) >= count:
+        raise OutOfRange(f"feature {max(indices)} does not exist: {asset.ref} has {count}, counted from 0")
+
+
+def reads(asset: Asset, indices: Sequence[int]) -> Reads:
+    """The encoders of some features; `FeatureUnreadable` where one row of the encoder is not enough."""
+    meta = dictionary(asset)
+    _refuse_unreadable(asset, meta)
+    rows = {name: take(asset.tensors, name, indices).double() for name in asset.tensors if name in _PER_FEATURE}
+    direction, threshold = rows["encoder"], torch.full((len(indices),), -torch.inf, dtype=torch.float64)
+    before = torch.zeros(len(indices), dtype=torch.float64)  # encoder·b_dec
+    if meta.apply_b_dec_to_input:
+        before = direction @ asset.tensors["b_dec"].double()
+    if meta.architecture == "gated":
+        gain = rows["r_mag"].exp()
+        bias = rows["b_mag"] - gain * before
+        threshold = (rows["b_mag"] - gain * rows["b_gate"]).clamp_min(0)
+        direction = gain[:, None] * direction
+    else:
+        bias = rows["b_enc"] - before
+        if meta.architecture != "linear":
+            threshold = rows.get("threshold", torch.zeros_like(bias)).clamp_min(0)
+    return Reads((direction * meta.input_scale).float(), bias.float(), threshold.float())
+
+
+def writes(asset: Asset, indices: Sequence[int]) -> Tensor:
+    """[k, d_out] float32: by how much x moves when a feature's activation grows by one.
+
+    For `constant_norm_rescale` it is in units of ‖x‖.
+    """
+    meta = dictionary(asset)
+    rows = take(asset.tensors, "decoder", indices).double() / meta.input_scale
+    if meta.normalize == "layer_norm":
+        raise FeatureUnreadable(
+            f"{asset.ref} normalises each token by its mean and deviation, which no edit here does; "
+            'use op "add" with the direction of the feature as a vector'
+        )
+    if meta.normalize == "constant_norm_rescale":
+        rows = rows / rows.shape[1] ** 0.5
+    return rows.float()
+
+
+def encode(asset: Asset, x: Tensor) -> Tensor:
+    """[n, m] float32, every feature's activation for x [n, d]. Costs n·m·d, and for matching pursuit that times k."""
+    meta = dictionary(asset)
+    if meta.architecture == "basis":
+        raise FeatureUnreadable(f"{asset.ref} has directions only and no encoder")
+    z = _normalised(meta, x.float())[0]
+    if meta.apply_b_dec_to_input:
+        z = z - asset.tensors["b_dec"].float()
+    if meta.architecture == "matching_pursuit":
+        return _pursue(z, asset.tensors["decoder"].float(), meta)
+    count = asset.shapes["encoder"][0]
+    parts = [range(at, min(at + _ROWS, count)) for at in range(0, count, _ROWS)]
+    out = torch.cat([z @ take(asset.tensors, "encoder", part).float().T for part in parts], dim=1)
+    if meta.architecture == "gated":
+        b_gate, b_mag, r_mag = (asset.tensors[name].float() for name in ("b_gate", "b_mag", "r_mag"))
+        return torch.where(out + b_gate > 0, (r_mag.exp() * out + b_mag).relu(), 0)
+    out += asset.tensors["b_enc"].float()
+    if meta.architecture == "linear":
+        return out
+    if meta.architecture == "topk":
+        assert meta.k is not None
+        values, chosen = out.topk(min(meta.k, count), dim=1)
+        return torch.zeros_like(out).scatter_(1, chosen, values.relu())
+    floor = asset.tensors["threshold"].float().clamp_min(0) if meta.architecture == "jumprelu" else 0.0
+    return torch.where(out > floor, out, 0)
+
+
+def decode(asset: Asset, activations: Tensor, x: Tensor) -> Tensor:
+    """[n, d_out] float32, the reconstruction from activations [n, m]; x [n, d] is what its normalisation depends on."""
+    meta = dictionary(asset)
+    out = activations.float() @ asset.tensors["decoder"].float()
+    if meta.architecture != "matching_pursuit" or meta.apply_b_dec_to_input:
+        out = out + asset.tensors["b_dec"].float()
+    _, shift, scale = _normalised(meta, x.float())
+    return out * scale + shift
+
+
+_PER_FEATURE = ("encoder", "b_enc", "threshold", "b_gate", "b_mag", "r_mag")
+
+
+def _normalised(meta: DictionaryMeta, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """z, and the shift and scale that take a reconstruction of z back to x."""
+    if meta.normalize == "constant_norm_rescale":
+        scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        return x / scale, 0.0, scale
+    if meta.normalize == "layer_norm":
+        mean, deviation = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+        return (x - mean) / (deviation + 1e-5), mean, deviation
+    return x * meta.input_scale, 0.0, 1 / meta.input_scale
+
+
+def _pursue(residual: Tensor, decoder: Tensor, meta: DictionaryMeta) -> Tensor:
+    """Matching pursuit: each token ends when its support or its residual stops changing, or after `max_iterations`."""
+    out = residual.new_zeros(len(residual), len(decoder))
+    support = torch.zeros_like(out, dtype=torch.bool)
+    done = torch.zeros(len(residual), dtype=torch.bool)
+    for _ in range(meta.max_iterations or residual.shape[1]):
+        best = (residual @ decoder.T).relu().argmax(dim=1)
+        atoms = decoder[best]
+        value = torch.where(done, 0, (residual * atoms).sum(-1).relu())
+        out[torch.arange(len(out)), best] += value
+        residual = residual - value[:, None] * atoms
+        if meta.stop_on_duplicate_support:
+            done = done | (support == (out != 0)).all(dim=1)
+            support = out != 0
+        if meta.residual_threshold > 0:
+            done = done | (residual.norm(dim=-1) < meta.residual_threshold)
+        if done.all():
+            break
+    return out
+
+
+def _refuse_unreadable(asset: Asset, meta: DictionaryMeta) -> None:
+    why = None
+    if meta.read_site is not None:
+        why = (
+            f"is a transcoder: it reads {meta.read_site} and writes {meta.site.value}, and edits read where they write"
+        )
+    elif meta.architecture == "basis":
+        why = "has directions only and no encoder"
+    elif meta.architecture in ("topk", "matching_pursuit"):
+        count = asset.shapes["decoder"][0]
+        why = f"is {meta.architecture}: one feature's activation takes all {count} of them, for every token"
+    elif meta.normalize != "none":
+        why = f"normalises each token ({meta.normalize}), which the reads of an edit do not"
+    if why is not None:
+        hint = f"use {_ADD}, which needs no activation"
+        if meta.architecture == "topk":
+            hint += ", or a JumpReLU export of it"
+        raise FeatureUnreadable(f"{asset.ref} {why}; {hint}")
