@@ -34,6 +34,7 @@ from steersman.steering.errors import InvalidRequest
 from steersman.steering.plan import Plan
 from steersman.steering.spec import Steering
 
+LIVE = f"{FIELD}.stream_probes"
 _DESCRIPTION = "what to edit inside the decoder layers for this request"
 
 
@@ -101,9 +102,12 @@ async def _serve(request: Any, raw: Request, handler: Callable[..., Any], contex
         data = _asked(request)
         with state.metrics.building.time():
             ticket = await state.frontend.prepare({} if data is None else data, **context)
-        served = Served(state, ticket, data.get("report", "summary") if isinstance(data, dict) else "summary")
+        asked = data if isinstance(data, dict) else {}
+        served = Served(state, ticket, asked.get("report", "summary"), bool(asked.get("stream_probes")))
         try:
             state.metrics.plans.set(state.frontend.resident)
+            if served.live and not request.stream:
+                raise InvalidRequest("goes with a stream alone; report tokens tells the same of a whole answer", LIVE)
             if not _can_steer(request, ticket.plan):
                 response = await handler(request, raw)
                 outcome("steered")

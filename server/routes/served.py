@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from steersman.server.engine.frontend import Ticket
-from steersman.server.reports import block
+from steersman.server.reports import block, overdoses, refuse_overdose
 from steersman.server.state import SteeringState
 
 
@@ -16,15 +16,25 @@ from steersman.server.state import SteeringState
 class Served:
     state: SteeringState
     ticket: Ticket
-    detail: str  # none, summary or layers
+    detail: str  # none, summary, layers or tokens
+    live: bool = False  # whether a stream's chunks tell what the probes read
+    seen: dict[str, int] = field(default_factory=dict)  # by sequence, up to which position that has been told
     streaming: bool = False  # the stream counts the outcome and finishes the ticket
 
     async def report(self) -> dict[str, Any]:
         """What the answer says. Raises EngineUnsteered when the edits were not made as asked."""
         raw = await self.state.reports.fetch(self.ticket)
+        settings, plan = self.state.settings, self.ticket.plan
+        self.state.metrics.overdosed(plan, overdoses(raw), settings.dosage)
+        if settings.dosage == "refuse" and settings.max_relative_norm is not None:
+            refuse_overdose(plan, raw, settings.max_relative_norm)
         report = block(self.ticket, raw, self.detail)
-        self.state.metrics.observe(self.ticket.plan, report)
+        self.state.metrics.observe(plan, report)
         return {"plan": report["plan"]} if self.detail == "none" else report
+
+    async def news(self) -> list[dict[str, Any]]:
+        """What probes have read since the last call, of each sequence with anything new."""
+        return await self.state.reports.probed(self.ticket, self.seen)
 
 
 def spliced(body: bytes, report: Mapping[str, Any]) -> bytes:

@@ -112,7 +112,7 @@ async def _stream(events: AsyncIterator[Any], served: Served) -> AsyncGenerator[
             if any(mark in data for mark in LAST):
                 held = data
             else:
-                yield data
+                yield await _with_news(data, served) if served.live else data
         if held:
             held, outcome = await _last(held, served)
             yield held
@@ -131,14 +131,25 @@ async def _stream(events: AsyncIterator[Any], served: Served) -> AsyncGenerator[
             await events.aclose()
 
 
+async def _with_news(event: bytes, served: Served) -> bytes:
+    """An event with what probes have read since the one before, if it is an object and there is any."""
+    head, mark, rest = event.partition(b"data: ")
+    if not rest.rstrip().endswith(b"}") or not (news := await served.news()):
+        return event
+    return head + mark + spliced(rest, {"sequences": news}) + b"\n\n"
+
+
 async def _last(event: bytes, served: Served) -> tuple[bytes, str]:
     """The stream's last event with the report, or an error in its place when the edits were not made; the outcome."""
     try:
+        news = await served.news() if served.live else []  # before the workers forget the request
         report = await served.report()
     except SteeringError as error:
-        return _failure(event, error), "failed"
+        return _failure(event, error), "refused" if error.status < 500 else "failed"
     except Exception as error:
         return _failure(event, EngineUnsteered(f"the report could not be made: {error}", "steering")), "failed"
+    if news:
+        report["sequences"] = report.get("sequences") or news
     head, _, rest = event.partition(b"data: ")
     return head + b"data: " + spliced(rest, report) + b"\n\n", "steered"
 

@@ -12,8 +12,11 @@ import pytest
 from fastapi.responses import StreamingResponse
 from starlette.requests import Request
 
+from steersman.server.reports import Reports
 from steersman.server.routes import openai
+from tests.server.fakes import reporting
 from tests.server.routes.stand_in import ADD, BODY, CHUNK, DONE, FINAL, USAGE, Client, Server, events
+from tests.steering.library import D, inline, noise
 
 
 @pytest.fixture
@@ -40,6 +43,86 @@ def test_the_last_event_of_a_stream_has_the_report(server: Server, sent: list[by
     assert found[-1]["steering"]["interventions"][0]["tokens"] == 3
     assert server.count("steered") == 1
     assert server.idle()
+
+
+LIVE = {"probes": [{"vector": inline(noise(D)), "layers": [1]}], "stream_probes": True}
+
+
+NOTHING: dict[str, Any] = {"positions": [9], "columns": [], "values": [[]]}
+WHOLE = {"probes": NOTHING, "edits": NOTHING}  # of a report of every token
+
+
+def live(server: Server, monkeypatch: pytest.MonkeyPatch, news: list[list[int]]) -> None:
+    """From now on the probes have read these positions when they are asked, one list for each time."""
+    parts = iter(news)
+
+    async def probed(self: Reports, ticket: Any, seen: dict[str, int]) -> list[dict[str, Any]]:
+        assert server.frontend.tickets, "the workers have forgotten the request"
+        positions = next(parts)
+        return [{"choice": 0, "positions": positions, "probes": []}] if positions else []
+
+    monkeypatch.setattr(Reports, "probed", probed)
+
+
+@pytest.mark.parametrize("report", ["summary", "none", "tokens"])
+def test_chunks_tell_what_probes_have_read(server: Server, monkeypatch: pytest.MonkeyPatch, report: str) -> None:
+    live(server, monkeypatch, [[0, 1], [], [2], [3]])
+    reporting(server.workers, server.frontend, tokens=[WHOLE])
+    server.streams(CHUNK, b": ping\n\n", CHUNK, CHUNK, FINAL, DONE)
+    found = events(server.post({**LIVE, "report": report}, stream=True).text)
+    told = [[s["positions"] for s in e.get("steering", {}).get("sequences", ())] for e in found]
+    assert told == [[[0, 1]], [], [[2]], [[9] if report == "tokens" else [3]]]
+    assert ["plan" in e.get("steering", {}) for e in found] == [False] * 3 + [True]
+    assert [e["choices"] for e in found] == [e["choices"] for e in events((3 * CHUNK + FINAL).decode())]
+    assert server.idle()
+
+
+def test_chunks_are_left_alone_where_nobody_asked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    live(server, monkeypatch, [])
+    server.streams(CHUNK, FINAL, DONE)
+    assert "steering" not in events(server.post({"probes": LIVE["probes"]}, stream=True).text)[0]
+
+
+@pytest.mark.parametrize(
+    ("steering", "body", "param"),
+    [
+        (LIVE, {}, "steering.stream_probes"),
+        ({**ADD, "stream_probes": True}, {"stream": True}, "steering.stream_probes"),
+        ({"probes": [{"vector": inline(noise(D)), "layers": "0-3"}] * 64, "report": "tokens"}, {}, None),
+        ({"probes": [{"vector": inline(noise(D)), "layers": 1}] * 65}, {}, "steering.probes"),
+    ],
+)
+def test_what_cannot_be_told(server: Server, steering: Any, body: dict[str, Any], param: str | None) -> None:
+    reporting(server.workers, server.frontend, tokens=[WHOLE])
+    answer = server.post(steering, **body)
+    assert answer.status_code == (400 if param else 200), answer.text
+    assert not param or answer.json()["error"]["param"] == param
+    assert server.idle()
+
+
+def test_more_numbers_than_a_worker_keeps(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steersman.server.engine.frontend.MAX_TRACED", 5)
+    reporting(server.workers, server.frontend, tokens=[WHOLE])
+    probes = {"probes": [{"vector": inline(noise(D)), "layers": "0-3"}]}
+    assert server.post({**ADD, **probes, "report": "tokens"}).status_code == 200
+    answer = server.post({**probes, "interventions": ADD["interventions"] * 2, "report": "tokens"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "steering.report"
+    assert "6 numbers for each token" in answer.json()["error"]["message"]
+
+
+def test_a_stream_with_an_edit_beyond_the_limit_ends_in_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(tmp_path, monkeypatch, max_relative_norm=0.5, dosage="refuse")
+    reporting(server.workers, server.frontend, over=[[0, 1, 3, 0.8]])
+    assert server.post().status_code == 400
+    server.streams(CHUNK, FINAL, DONE)
+    error = events(server.post(stream=True).text)[-1]["error"]
+    assert (error["code"], error["param"]) == ("dosage_exceeded", "steering.interventions[0]")
+    assert server.count("refused") == 2
+    limited = server.http.app.state.steersman.metrics.dosage  # type: ignore[attr-defined]
+    assert limited.labels("inline", "refuse")._value.get() == 6
 
 
 def test_events_that_quote_the_end_are_not_the_end(server: Server) -> None:

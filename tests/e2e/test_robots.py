@@ -1,0 +1,216 @@
+"""A tiny image-text policy behind the real server, on every robot route, against Hugging Face with plain hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from steersman.clients import arrays
+from steersman.clients.robot import HttpRobot, SocketRobot
+from steersman.clients.sdk import SteersmanError
+from tests.e2e.server import Server, serve
+from tests.e2e.steered import metric
+from tests.models.tiny_llava import (
+    BINS,
+    CHUNK,
+    FIRST,
+    KEY,
+    PATCHES,
+    POLICY,
+    SIZE,
+    STATS,
+    build_llava,
+    greedy,
+    without_torchvision,
+)
+from tests.models.tiny_llava import IMAGE as IMAGE_TOKEN
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+NEURONS = {1: [3, 77], 2: [5, 120, 9], 3: [40]}
+VALUE = 6.0
+DIMS = len(STATS["q01"])
+TASKS = ["pick up the red block", "close the gripper", "move the arm up"]
+
+
+def steering(tokens: str, value: float = VALUE) -> dict[str, Any]:
+    named = [[layer, index] for layer, columns in NEURONS.items() for index in columns]
+    edit = {"op": "neurons", "neurons": {"inline": named}, "mode": "set", "value": value, "tokens": tokens}
+    return {"interventions": [edit]}
+
+
+def scene(seed: int, height: int = SIZE, width: int = SIZE) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+class Oracle:
+    """Hugging Face's model and processors on the same checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer, LlavaForConditionalGeneration
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        torch.manual_seed(0)
+        self.model, loading = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+        assert not loading["missing_keys"], loading
+        self.model.eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.images = CLIPImageProcessorPil.from_pretrained(folder)
+
+    def prompt(self, task: str) -> list[int]:
+        ids = self.tokenizer.encode(POLICY["prompt"].format(instruction=task))
+        return [ids[0], *[IMAGE_TOKEN] * PATCHES, *ids[1:]]
+
+    def tokens(self, task: str, picture: Any, when: str | None = None, value: float = VALUE) -> list[int]:
+        pixels = self.images(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
+        neurons = NEURONS if when else {}
+        ids = torch.tensor([self.prompt(task)])
+        return greedy(self.model, ids, pixels, CHUNK * DIMS, neurons, value, when or "all")
+
+
+def decoded(tokens: list[int]) -> np.ndarray[Any, Any]:
+    """The actions of tokens, by the description in the checkpoint."""
+    low, high, mask = (np.array(STATS[name]) for name in ("q01", "q99", "mask"))
+    bins = np.clip(np.array(tokens) - FIRST, 0, BINS - 1)
+    x = ((2 * bins + 1) / BINS - 1).reshape(CHUNK, DIMS)
+    return np.where(mask, (x + 1) / 2 * (high - low) + low, x)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def oracle(folder: Path) -> Oracle:
+    return Oracle(folder)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    tmp = tmp_path_factory.mktemp("served")
+    options = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "16", "--api-key", "key"]
+    with serve(folder, tmp, options, without_torchvision(tmp / "site")) as running:
+        running.http.headers["authorization"] = "Bearer key"
+        yield running
+
+
+@pytest.fixture
+def robot(server: Server) -> Iterator[HttpRobot]:
+    with HttpRobot(server.url, api_key="key", timeout=120) as client:
+        yield client
+
+
+def socket(server: Server, **defaults: Any) -> SocketRobot:
+    return SocketRobot(server.url.replace("http", "ws"), api_key="key", timeout=120, **defaults)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("size", [(SIZE, SIZE), (56, 40), (1, 1)])
+def test_unsteered_actions_are_hugging_faces(
+    robot: HttpRobot, oracle: Oracle, task: str, size: tuple[int, int]
+) -> None:
+    picture = scene(len(task), *size)
+    found = robot.act({"front": picture}, task)
+    wanted = oracle.tokens(task, picture)
+    assert found.about["token_ids"] == wanted
+    np.testing.assert_allclose(found.actions, decoded(wanted), atol=1e-12)
+    assert "steering" not in found.about
+
+
+def test_the_picture_matters(oracle: Oracle) -> None:
+    assert oracle.tokens(TASKS[0], scene(1)) != oracle.tokens(TASKS[0], scene(2))
+
+
+@pytest.mark.parametrize("when", ["all", "prompt", "generated"])
+def test_neurons_set_in_the_policy_are_hugging_faces(robot: HttpRobot, oracle: Oracle, when: str) -> None:
+    moved = 0
+    for seed, task in enumerate(TASKS):
+        picture = scene(seed)
+        found = robot.act({"front": picture}, task, steering=steering(when))
+        assert found.about["token_ids"] == oracle.tokens(task, picture, when)
+        moved += found.about["token_ids"] != oracle.tokens(task, picture)
+        prompt, generated = len(oracle.prompt(task)), CHUNK * DIMS - 1  # the last token is not fed in
+        edited = {"all": prompt + generated, "prompt": prompt, "generated": generated}[when]
+        assert found.about["steering"]["interventions"][0]["tokens"] == edited
+    assert moved, "the edit moves no action, so this shows nothing"
+
+
+def test_image_tokens_alone(robot: HttpRobot) -> None:
+    edit = {**steering("all")["interventions"][0], "tokens": {"image": True}}
+    found = robot.act({"front": scene(1)}, TASKS[0], steering={"interventions": [edit]})
+    assert found.about["steering"]["interventions"][0]["tokens"] == PATCHES
+
+
+def test_a_batch_of_robots_is_as_each_alone(server: Server, robot: HttpRobot) -> None:
+    cases = [(scene(i), TASKS[i % 3], steering("all", 3.0 + i) if i % 2 else None) for i in range(16)]
+    alone = [robot.act({"front": p}, t, steering=s).about["token_ids"] for p, t, s in cases]
+
+    def fly(case: Any) -> list[list[int]]:
+        picture, task, asked = case
+        with socket(server, steering=asked) as one:
+            seen = {"observation/image": picture, "prompt": task}
+            return [one.infer(seen).about["token_ids"] for _ in range(3)]
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(fly, cases)) == [[ids] * 3 for ids in alone]
+
+
+def test_every_route_gives_the_same_actions(server: Server, robot: HttpRobot) -> None:
+    picture, asked = scene(3), steering("all")
+    wanted = robot.act({"front": picture}, TASKS[1], steering=asked)
+    payload = {"image": picture, "instruction": TASKS[1], "steering": asked}
+    answer = server.http.post("/act", content=arrays.to_json(payload))
+    np.testing.assert_array_equal(arrays.from_json(answer.content), wanted.actions)
+    with socket(server, steering=asked) as one:
+        assert (one.metadata["policy"], one.metadata["unnorm_keys"]) == ("bins", {KEY: DIMS})
+        found = one.infer({"observation/image": picture, "prompt": TASKS[1]})
+        np.testing.assert_array_equal(found.actions, wanted.actions)
+        assert found.about["steering"]["plan"] == wanted.about["steering"]["plan"]
+    assert server.http.get("/healthz").text == "OK\n"
+
+
+def test_keys_limits_and_refusals(server: Server, robot: HttpRobot) -> None:
+    with pytest.raises(SteersmanError) as refused:
+        SocketRobot(server.url.replace("http", "ws"))
+    assert refused.value.status == 401
+    assert server.http.post("/act", content=b"{}", headers={"authorization": ""}).status_code == 401
+    for status, param, given in (
+        (400, "unnorm_key", {"unnorm_key": "gone"}),
+        (400, "instruction", {"instruction": "<image>"}),
+        (400, "instruction", {"instruction": "word " * 500}),
+        (400, "steering.interventions[0].neurons", {"steering": steering("all") | {"interventions": [_far()]}}),
+    ):
+        about: dict[str, Any] = {"instruction": TASKS[0], **given}
+        with pytest.raises(SteersmanError) as refused:
+            robot.act({"front": scene(0)}, about.pop("instruction"), **about)
+        assert refused.value.status == status
+        assert refused.value.param == param, refused.value
+    robot.act({"front": scene(0)}, TASKS[0])
+
+
+def _far() -> dict[str, Any]:
+    edit: dict[str, Any] = steering("all")["interventions"][0]
+    return {**edit, "neurons": {"inline": [[0, 10_000]]}}
+
+
+def test_a_robot_that_vanishes_and_the_metrics(server: Server, robot: HttpRobot) -> None:
+    wanted = robot.act({"front": scene(4)}, TASKS[2], steering=steering("all")).about["token_ids"]
+    for _ in range(5):
+        gone = socket(server, steering=steering("all"))
+        gone._socket.send(arrays.pack({"observation/image": scene(4), "prompt": TASKS[2]}))
+        gone._socket.socket.close()
+    assert robot.act({"front": scene(4)}, TASKS[2], steering=steering("all")).about["token_ids"] == wanted
+    assert metric(server, "steersman_action_seconds_count") > 0
+    text = server.rpc_stats()
+    assert 'steersman_actions_total{outcome="ok",policy="bins"}' in text
+    assert 'steersman_action_saturation_total{policy="bins"} 0.0' in text

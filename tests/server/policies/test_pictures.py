@@ -1,0 +1,92 @@
+"""Pictures from outside: what is taken, and that the rest is refused before it is unpacked."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from steersman.server.policies.pictures import Limits, picture
+from steersman.steering.errors import InvalidRequest, PayloadTooLarge
+from tests.server.robots import SCENE, file_of, text_of
+
+LIMITS = Limits(bytes=1 << 20, pixels=16_000_000)
+
+
+def png_that_says(width: int, height: int) -> bytes:
+    """A PNG of 60 bytes whose header claims any size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("given", [SCENE, file_of(SCENE), text_of(SCENE)])
+def test_an_array_a_file_and_base64_are_the_same_picture(given: Any) -> None:
+    np.testing.assert_array_equal(picture(given, LIMITS, "x"), SCENE)
+
+
+def test_a_jpeg_is_the_picture_nearly() -> None:
+    flat = np.full((16, 16, 3), (200, 30, 90), np.uint8)
+    assert np.abs(picture(text_of(flat, "JPEG"), LIMITS, "x").astype(int) - flat).max() <= 4
+
+
+def test_grey_and_transparent_files_become_rgb() -> None:
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    np.testing.assert_array_equal(picture(file_of(grey), LIMITS, "x"), np.repeat(grey[..., None], 3, 2))
+    clear = np.dstack([SCENE, np.zeros(SCENE.shape[:2], np.uint8)])
+    np.testing.assert_array_equal(picture(file_of(clear), LIMITS, "x"), SCENE)
+
+
+def test_one_pixel_is_a_picture() -> None:
+    one = np.array([[[1, 2, 3]]], np.uint8)
+    for given in (one, text_of(one)):
+        np.testing.assert_array_equal(picture(given, LIMITS, "x"), one)
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (SCENE.astype(np.float32), "uint8 from 0 to 255, not of float32"),
+        (SCENE.astype(np.int64), "not of int64"),
+        (SCENE[0], r"\[height, width, 3\], not \[6, 3\]"),
+        (SCENE.transpose(2, 0, 1), r"not \[3, 4, 6\]"),
+        (SCENE[None], r"not \[1, 4, 6, 3\]"),
+        (SCENE[:0], r"not \[0, 6, 3\]"),
+        ("not base64!", "in base64"),
+        ("AAAA", "cannot be read as PNG or JPEG"),
+        (base64.b64encode(file_of(SCENE, "GIF")).decode(), "cannot be read as PNG or JPEG"),
+        (file_of(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))[:-600], "cannot be read"),
+        (b"", "cannot be read"),
+        (png_that_says(0, 5), "cannot be read"),
+        (None, "in base64, or a uint8 array"),
+        (7, "in base64, or a uint8 array"),
+        ({"url": "http://x"}, "in base64, or a uint8 array"),
+    ],
+)
+def test_what_is_no_picture(given: Any, complaint: str) -> None:
+    with pytest.raises(InvalidRequest, match=complaint) as error:
+        picture(given, LIMITS, "images.front")
+    assert (error.value.status, error.value.param) == (400, "images.front")
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (np.zeros((4320, 7680, 3), np.uint8), "7680×4320 pixels; at most 16 million"),
+        (png_that_says(7680, 4320), "7680×4320 pixels"),
+        (png_that_says(2**31 - 1, 2**31 - 1), "pixels; at most 16 million"),
+        (b"\x89PNG" + bytes(1 << 20), "larger than 1 MiB"),
+        ("A" * (2 << 20), "larger than 1 MiB"),
+    ],
+)
+def test_what_is_too_large(given: Any, complaint: str) -> None:
+    with pytest.raises(PayloadTooLarge, match=complaint) as error:
+        picture(given, LIMITS, "image")
+    assert (error.value.status, error.value.param) == (413, "image")

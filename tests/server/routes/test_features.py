@@ -1,0 +1,131 @@
+"""Uploading dictionaries and searching their labels through the routes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from steersman.server import cli
+from steersman.steering.assets import KINDS
+from tests.server.fakes import client, frontend
+from tests.steering.library import REF, D
+
+DATA = Path(__file__).parents[2] / "data" / "dictionaries"
+CONFIG = json.loads((DATA / "jumprelu" / "cfg.json").read_text())
+WEIGHTS = (DATA / "jumprelu" / "sae_weights.safetensors").read_bytes()
+TEXTS = {"3": "sailing ships", "7": "shipping costs", "11": "the colour red"}
+FIELDS = {"name": "sae", "model": REF, "config": CONFIG, "labels": TEXTS}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def post(http: Any, data: bytes = WEIGHTS, **changes: Any) -> Any:
+    fields = {"metadata": json.dumps({**FIELDS, **changes})}
+    return http.post("/v1/steering/assets", files={"file": ("sae.safetensors", data)}, data=fields)
+
+
+def test_a_foreign_dictionary_is_uploaded_searched_and_used(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    http = client(frontend(tmp_path / "store"))
+    answer = post(http)
+    assert answer.status_code == 201, answer.text
+    about = answer.json()
+    assert (about["kind"], about["layer"], about["site"]) == ("dictionary", 2, "resid_post")
+    found = http.get("/v1/steering/assets/sae/features", params={"query": "ship"}).json()
+    assert (found["dictionary"], found["total"]) == (about["ref"], 2)
+    assert {each["index"]: each["label"] for each in found["data"]} == {3: TEXTS["3"], 7: TEXTS["7"]}
+    page = http.get("/v1/steering/assets/sae/features", params={"limit": 1, "offset": 2}).json()
+    assert page["data"] == [{"index": 11, "label": TEXTS["11"]}]
+    steering = {"interventions": [{"op": "feature", "dictionary": "sae", "index": [3, 7], "mode": "ablate"}]}
+    plan = http.post("/v1/steering/resolve", json={"steering": steering}).json()
+    assert plan["cost"]["rows"] == 2
+    assert plan["interventions"][0]["layers"] == [2]
+
+
+def test_the_whole_file_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    http = client(frontend(tmp_path / "store"))
+    ref = post(http).json()["ref"]
+    whole = http.get(f"/v1/steering/assets/{ref}?format=safetensors").content
+    other = tmp_path / "again"
+    other.mkdir()
+    back = client(frontend(other)).post("/v1/steering/assets", files={"file": ("sae.safetensors", whole)})
+    assert back.json()["ref"] == ref
+
+
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("sae/features?active_on=hello", "active_on"),
+        ("sae/features?query=%20", "query"),
+        ("v/features", "ref"),
+        ("nope/features", "ref"),
+    ],
+)
+def test_bad_searches_name_their_field(tmp_path: Path, path: str, param: str) -> None:
+    (tmp_path / "store").mkdir()
+    http = client(frontend(tmp_path / "store"))
+    assert post(http).status_code == 201
+    answer = http.get(f"/v1/steering/assets/{path}")
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"format": "nonsense"}, "format"),
+        ({"config": {**CONFIG, "architecture": "temporal"}}, "config.architecture"),
+        ({"labels": {"99": "too far"}}, "labels"),
+        ({"labels": 3}, "labels"),
+        ({"model": {"id": "tiny", "d_model": D}}, "model.n_layers"),
+        ({"model": {**REF, "d_model": D + 1}}, "tensors.decoder"),
+        ({"layer": 99}, None),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_bad_uploads_name_their_field_and_write_nothing(
+    tmp_path: Path, changes: dict[str, Any], param: str | None
+) -> None:
+    (tmp_path / "store").mkdir()
+    made = frontend(tmp_path / "store")
+    before = [info.ref for info in made.store.list()]
+    answer = post(client(made), **changes)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+    assert [info.ref for info in made.store.list()] == before
+
+
+def test_the_command_line_adds_folders_with_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "labels.json").write_text(json.dumps(TEXTS))
+    store = ["assets", "--store", str(tmp_path / "store")]
+    metadata = json.dumps({"model": REF})
+    add = [*store, "add", str(DATA / "jumprelu"), "--kind", "dictionary", "--name", "sae", "--metadata", metadata]
+    assert cli.main([*add, "--labels", str(tmp_path / "labels.json")]) == 0
+    assert capsys.readouterr().out.startswith("sae@")
+    assert cli.main([*store, "list", "--kind", KINDS[1]]) == 0
+    assert "\tdictionary\torg/tiny\t2\t" in capsys.readouterr().out
+    assert cli.main([*store, "export", "sae", str(tmp_path / "out"), "--saelens"]) == 0
+    assert (
+        safetensors.torch.load_file(tmp_path / "out" / "sae_weights.safetensors").keys()
+        == safetensors.torch.load(WEIGHTS).keys()
+    )
+    capsys.readouterr()
+    assert cli.main([*add, "--format", "gemma_scope"]) == 1
+    assert "layer" in capsys.readouterr().err
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    state = safetensors.torch.load(WEIGHTS) | {"b_dec": torch.full((D,), torch.nan)}
+    safetensors.torch.save_file(state, bad / "sae_weights.safetensors")
+    (bad / "cfg.json").write_text(json.dumps(CONFIG))
+    assert cli.main([*store, "add", str(bad), "--kind", "dictionary", "--name", "b", "--metadata", metadata]) == 1
+    assert "NaN" in capsys.readouterr().err
+    assert len(list((tmp_path / "store").iterdir())) == 1
