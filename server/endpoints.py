@@ -18,8 +18,12 @@ from fastapi.responses import Response
 from steersman.server import answers, guard, inventory
 from steersman.server.engine.frontend import Frontend
 from steersman.server.metrics import Metrics
+from steersman.server.monitoring import LayerMetrics, Monitoring
+from steersman.server.policies import catalogue
+from steersman.server.policies.policy import Policy
+from steersman.server.policies.robots import Robots
 from steersman.server.reports import Reports
-from steersman.server.routes import assets, openai, steering
+from steersman.server.routes import actions, assets, openai, openpi, steering
 from steersman.server.settings import Settings
 from steersman.server.state import SteeringState, state_of
 from steersman.steering.errors import SteeringError, StoreError
@@ -35,7 +39,7 @@ class SteeringEndpoints:
         settings = Settings.from_env()
         app.add_middleware(guard.Guard, limit=settings.max_body_mb * 2**20)
         app.add_exception_handler(SteeringError, _answer)
-        for module in (openai, steering, assets):
+        for module in (openai, steering, assets, actions, openpi):
             module.attach(app)
         app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
 
@@ -45,7 +49,17 @@ class SteeringEndpoints:
         frontend = await Frontend.of_async(engine_client)
         frontend.behind_routes = True
         state.steersman = SteeringState(frontend.settings, frontend, Reports(frontend), Metrics())
+        state.steersman_robots = Robots(state.steersman, _policy(frontend, engine_client), engine_client)
         state.steersman.counting = asyncio.create_task(inventory.watch(state.steersman))
+        if frontend.settings.monitor == "on":
+            monitoring = Monitoring(frontend, LayerMetrics(), frontend.settings.monitor_interval)
+            state.steersman.watching = asyncio.create_task(monitoring.watch())
+
+
+def _policy(frontend: Frontend, engine_client: Any) -> Policy | None:
+    """Raises ValueError, and the server does not start, where the model is not the policy that it says it is."""
+    config = engine_client.vllm_config.model_config.hf_config.to_dict()
+    return catalogue.load(frontend.settings.policy, config, frontend.tokenizer)
 
 
 async def _answer(request: Request, error: Exception) -> Response:

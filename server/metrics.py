@@ -7,12 +7,13 @@ gauge that was set last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from steersman.server.reports import Overdose
 from steersman.steering.assets import KINDS
 from steersman.steering.errors import SteeringError, StoreError
 from steersman.steering.plan import Plan
@@ -41,6 +42,12 @@ class Metrics:
             registry=registry,
             buckets=BUILD_SECONDS,
         )
+        self.dosage = Counter(
+            "steersman_dosage_limited",
+            "Edits beyond --steering-max-relative-norm, one for each token and layer, by asset and what was done.",
+            ["asset", "action"],
+            registry=registry,
+        )
         self._assets: set[str] = set()
 
     def count(self, outcome: str) -> None:
@@ -66,6 +73,11 @@ class Metrics:
         for step, done in zip(plan.steps, report.get("interventions", ()), strict=False):
             for asset in step.assets or ("none",):
                 self.edited.labels(self._label(asset.partition("@")[0])).inc(done["tokens"])
+
+    def overdosed(self, plan: Plan, found: Iterable[Overdose], action: str) -> None:
+        for one in found:
+            for asset in plan.steps[one.index].assets or ("none",):
+                self.dosage.labels(self._label(asset.partition("@")[0]), action).inc(one.tokens)
 
     def store_failed(self, error: StoreError) -> None:
         self.store_errors.labels(error.code).inc()

@@ -2,50 +2,52 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+from steersman.server.calls import Calls
 from steersman.server.engine.frontend import Frontend, Ticket
-from steersman.steering.errors import EngineUnsteered
+from steersman.steering.errors import DosageExceeded, EngineUnsteered
 from steersman.steering.plan import Plan
 
 
 class Reports:
-    """Fetches reports by RPC; those asked for while a call is under way go together in the next one."""
+    """What the workers say of requests, by ticket."""
 
     def __init__(self, frontend: Frontend) -> None:
-        self.frontend = frontend
-        self._waiting: dict[str, tuple[Ticket, asyncio.Future[list[dict[str, Any]]]]] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._reports = Calls(frontend, "steersman_reports")
+        self._probes = Calls(frontend, "steersman_probes")
 
     async def fetch(self, ticket: Ticket) -> list[dict[str, Any]]:
         """The raw report of every sequence of the request, in the order of the response's choices."""
-        future: asyncio.Future[list[dict[str, Any]]] = asyncio.get_running_loop().create_future()
-        self._waiting[str(ticket.key)] = ticket, future  # the transport takes no other type
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._drain())
-        return await future
+        asked = {i: s.positions() for i, s in ticket.sequences.items()}
+        answers = await self._reports.ask(str(ticket.key), asked)  # the transport takes no other type of key
+        try:
+            return _join(answers, ticket.order())
+        except Exception as error:
+            raise EngineUnsteered(f"the engine's reports could not be read: {error!r}", "steering") from error
 
-    async def _drain(self) -> None:
-        while self._waiting:
-            batch, self._waiting = self._waiting, {}
-            try:
-                asked = {key: {i: s.positions() for i, s in t.sequences.items()} for key, (t, _) in batch.items()}
-                answers = await self.frontend.rpc("steersman_reports", asked)
-                parts = [a for a in answers if a is not None]
-                joined = {key: _join([part.get(key, []) for part in parts], t.order()) for key, (t, _) in batch.items()}
-            except Exception as error:
-                failed = f"the engine's reports could not be read: {error or type(error).__name__}"
-                for _, future in batch.values():
-                    if not future.done():
-                        future.set_exception(EngineUnsteered(failed, "steering"))
-                continue
-            for key, (_, future) in batch.items():
-                if not future.done():
-                    future.set_result(joined[key])
+    async def probed(self, ticket: Ticket, seen: dict[str, int]) -> list[dict[str, Any]]:
+        """What probes have read since the last call, of each sequence with news; ``seen`` remembers up to where.
+
+        Only of the tokens that the response has come to; a draft's value may still change.
+        """
+        order = ticket.order()
+        asked = {i: [seen.get(i, 0), ticket.sequences[i].positions()] for i in order}
+        asked = {i: bounds for i, bounds in asked.items() if bounds[0] < bounds[1]}
+        if not asked:
+            return []
+        answers = await self._probes.ask(str(ticket.key), asked)
+        parts = []
+        for choice, i in enumerate(order):
+            told = [answer[i] for answer in answers if i in answer and answer[i]["positions"]]
+            if told:
+                seen[i] = told[0]["positions"][-1] + 1
+                parts.append({"choice": choice, **_probe_series(ticket.plan, told)})
+        return parts
 
 
 def _join(parts: Sequence[list[dict[str, Any]]], order: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -58,6 +60,8 @@ def _join(parts: Sequence[list[dict[str, Any]]], order: Sequence[str] = ()) -> l
                 known["error"] = known["error"] or report["error"]
                 known["relative"] += report["relative"]
                 known["probes"] += report["probes"]
+                known["over"] += report["over"]
+                known["tokens"] += report["tokens"]
                 known["gates"] = [
                     a if a is not None else b for a, b in zip_longest(known["gates"], report["gates"])
                 ]  # a stage that lacks the plan knows of no gates, and says so in its error
@@ -77,9 +81,78 @@ def block(ticket: Ticket, raw: Sequence[dict[str, Any]], detail: str) -> dict[st
     }
     if plan.probe_names:
         out["probes"] = [_probe(plan, i, raw) for i in range(len(plan.probe_names))]
-    if warnings := [*plan.warnings, *_unmatched(ticket)]:
+    if detail == "tokens":
+        out["sequences"] = [{"choice": i, **_series(plan, r)} for i, r in enumerate(raw)]
+    if warnings := [*plan.warnings, *_unmatched(ticket), *(over.warning(plan) for over in overdoses(raw))]:
         out["warnings"] = warnings
     return out
+
+
+@dataclass
+class Overdose:
+    """An intervention that was larger beside the stream than the server's limit."""
+
+    index: int
+    tokens: int  # tokens and layers of it, of all sequences
+    layer: int  # where it was largest
+    worst: float  # ‖Δx‖/‖x‖ there
+
+    def said(self) -> str:
+        return f"changed the stream by {self.worst:.3g} of its norm at layer {self.layer}"
+
+    def warning(self, plan: Plan) -> str:
+        return f"{plan.steps[self.index].path} {self.said()}, more than the server's limit, {self.tokens} times in all"
+
+
+def overdoses(raw: Sequence[dict[str, Any]]) -> list[Overdose]:
+    """By intervention."""
+    found: dict[int, Overdose] = {}
+    for r in raw:
+        for i, layer, count, worst in r["over"]:
+            one = found.setdefault(i, Overdose(i, 0, layer, worst))
+            one.tokens += count
+            if worst > one.worst:
+                one.layer, one.worst = layer, worst
+    return [found[i] for i in sorted(found)]
+
+
+def refuse_overdose(plan: Plan, raw: Sequence[dict[str, Any]], limit: float) -> None:
+    """Raises DosageExceeded for the largest edit beyond the limit, if there is one."""
+    if found := overdoses(raw):
+        one = max(found, key=lambda o: o.worst)
+        raise DosageExceeded(f"{one.said()}; this server allows {limit:g}", plan.steps[one.index].path)
+
+
+def _series(plan: Plan, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """One sequence token by token, from what each pipeline stage has of it."""
+    stages = raw["tokens"]
+    edits = {}
+    for stage in stages:
+        rows = stage["edits"]["values"]
+        for column, (i, layer) in enumerate(stage["edits"]["columns"]):
+            sizes = [row[column] for row in rows]
+            if (i, layer) not in edits or any(size is not None for size in sizes):
+                edits[i, layer] = sizes
+    return {
+        **_probe_series(plan, [stage["probes"] for stage in stages]),
+        "positions": stages[0]["edits"]["positions"],
+        "interventions": [
+            {"index": i, "layer": layer, "relative_norms": sizes} for (i, layer), sizes in sorted(edits.items())
+        ],
+    }
+
+
+def _probe_series(plan: Plan, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Positions, and a list of values for each probe and layer."""
+    probes = []
+    for stage in stages:
+        for column, (probe, layer) in enumerate(stage["columns"]):
+            values = [row[column] for row in stage["values"]]
+            probes.append({"index": probe, "asset": plan.probe_names[probe], "layer": layer, "values": values})
+    return {
+        "positions": max((stage["positions"] for stage in stages), key=len),
+        "probes": sorted(probes, key=lambda p: (p["index"], p["layer"])),
+    }
 
 
 def _intervention(plan: Plan, index: int, raw: Sequence[dict[str, Any]], detail: str) -> dict[str, Any]:
@@ -107,7 +180,7 @@ def _intervention(plan: Plan, index: int, raw: Sequence[dict[str, Any]], detail:
         read = plan.gates[step.gate]
         decisions = [r["gates"][step.gate] for r in raw]
         out["gate"] = {"over": read.over, "open": decisions if read.per_request else None}
-    if detail == "layers":
+    if detail in ("layers", "tokens"):
         out["by_layer"] = {str(layer): _mean(*sums) for layer, sums in sorted(by_layer.items())}
     return out
 

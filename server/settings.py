@@ -5,12 +5,15 @@ The environment is how settings reach the engine's processes, whichever command 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from steersman.server.policies.catalogue import CHOICES
 from steersman.steering.sites import Site
 
 
@@ -36,14 +39,56 @@ class Settings:
     max_plans: int = _option(4096, "plans resident on a worker")
     plan_memory_mb: int = _option(1024, "memory for resident plans, MiB")
     max_body_mb: int = _option(64, "largest request body, MiB")
+    monitor: str = _option("on", "statistics of every layer in /metrics: on or off")
+    monitor_sample: str = _option("1/32", "share of the forward passes that statistics look at: 1/N or a fraction")
+    monitor_interval: float = _option(2.0, "seconds between two readings of the workers' statistics")
+    monitor_probes: str = _option("", "stored vectors that statistics read in all requests, comma-separated")
+    max_relative_norm: float | None = _option(None, "largest edit beside the stream, ‖Δx‖/‖x‖ at one token and place")
+    dosage: str = _option("warn", "what happens to larger ones: warn, cap or refuse")
+    policy: str = _option("auto", "robot policy that the model is: auto (by its config.json), none, openvla, bins")
+    max_action_delta: float | None = _option(None, "largest motion in an action, in the robot's units: more is cut")
+    max_image_mb: int = _option(8, "largest picture of an observation, MiB as sent")
+    max_image_megapixels: int = _option(16, "largest picture of an observation, million pixels")
+    max_robots: int = _option(64, "robots connected by WebSocket at once")
+    max_robot_rate: int = _option(100, "observations a second that one WebSocket may send")
 
     def __post_init__(self) -> None:
-        for name in ("max_plans", "plan_memory_mb", "max_body_mb"):
-            if getattr(self, name) < 1:
+        for name, value in vars(self).items():
+            if type(value) is int and value < 1:
                 raise ValueError(f"--steering-{name.replace('_', '-')} must be at least 1")
+        if self.max_action_delta is not None and not 0 < self.max_action_delta < math.inf:
+            raise ValueError("--steering-max-action-delta must be a positive number")
+        if self.monitor not in ("on", "off"):
+            raise ValueError("--steering-monitor must be on or off")
+        if not 0.1 <= self.monitor_interval <= 3600:
+            raise ValueError("--steering-monitor-interval must be 0.1 to 3600 seconds")
+        if self.max_relative_norm is not None and not 0 < self.max_relative_norm < math.inf:
+            raise ValueError("--steering-max-relative-norm must be a positive number")
+        if self.dosage not in ("warn", "cap", "refuse"):
+            raise ValueError("--steering-dosage must be warn, cap or refuse")
+        self.monitor_every  # noqa: B018 - raises for what is no share
+        if self.policy not in CHOICES:
+            raise ValueError(f"--steering-policy must be one of {', '.join(CHOICES)}")
         if self.admin_key == "":
             raise ValueError("--steering-admin-key must not be empty: everybody has an empty key")
         self.hooked_sites  # noqa: B018 - raises for an unknown site
+
+    @property
+    def monitor_every(self) -> int:
+        """N: statistics look at every N-th forward pass."""
+        bad = ValueError(f"--steering-monitor-sample must be 1/N or a fraction up to 1, not {self.monitor_sample!r}")
+        try:
+            share = Fraction(self.monitor_sample)
+        except (ValueError, ZeroDivisionError):
+            raise bad from None
+        if not 0 < share <= 1:
+            raise bad
+        return round(1 / share)
+
+    @property
+    def watched(self) -> list[str]:
+        """The vectors of ``monitor_probes``."""
+        return [name.strip() for name in self.monitor_probes.split(",") if name.strip()]
 
     @property
     def hooked_sites(self) -> frozenset[Site]:
@@ -76,6 +121,11 @@ def _parse(name: str, kind: str, text: str) -> Any:
             return int(text)
         except ValueError:
             raise ValueError(f"{name} must be an integer, not {text!r}") from None
+    if kind in ("float", "float | None"):
+        try:
+            return float(text)
+        except ValueError:
+            raise ValueError(f"{name} must be a number, not {text!r}") from None
     if kind == "bool":
         if text not in ("0", "1"):
             raise ValueError(f"{name} must be 0 or 1, not {text!r}")

@@ -20,6 +20,7 @@ class SteeringState:
     reports: Reports
     metrics: Metrics
     counting: asyncio.Task[None] | None = None  # keeps the number of stored assets up to date
+    watching: asyncio.Task[None] | None = None  # reads the workers' statistics
 
 
 def state_of(app: FastAPI) -> SteeringState:

@@ -28,6 +28,7 @@ from steersman.steering.store import Store
 from steersman.steering.tokens import Selection
 
 IDLE_SECONDS = 60.0  # after which the pin of a plan that nothing uses is given up with the next plan sent
+MAX_TRACED = 1024  # numbers for each token that a report may tell of
 DEFAULT_SECONDS = 1.0  # for so long a default profile that another process has changed may go unseen
 DEFAULT_NAME = "server-default."  # how the names of default profiles begin in the store, one for each model
 Rpc = Callable[..., Awaitable[list[Any]]]
@@ -66,6 +67,7 @@ class Ticket:
     selections: list[Selection] = field(default_factory=list)  # one per prompt, in the order of arrival
     tokenizer: Any = None
     render: Callable[[Sequence[Any]], str] | None = None
+    whole: bool = False  # whether every token is told of
     refused: errors.SteeringError | None = None  # why a prompt of the request cannot be steered
     sequences: dict[str, Generated] = field(default_factory=dict)  # by the engine's id
 
@@ -157,12 +159,12 @@ class Frontend:
 
         Whoever gets it calls :meth:`finish` in the end.
         """
-        plan, content = await asyncio.to_thread(self._build, data)
+        plan, content, whole = await asyncio.to_thread(self._build, data)
         pin = self._pins.get(plan.id)
         if pin is None:
             pin = self._pins[plan.id] = _Pin()
             pin.loaded = asyncio.create_task(self._load(plan, content))
-        ticket = self._issue(plan, pin, **about)
+        ticket = self._issue(plan, pin, whole=whole, **about)
         if pin.loaded is not None:
             try:
                 await asyncio.shield(pin.loaded)  # others may wait for it too
@@ -173,7 +175,7 @@ class Frontend:
 
     def prepare_now(self, data: object, rpc: Any, **about: Any) -> Ticket:
         """The same without an event loop."""
-        plan, content = self._build(data)
+        plan, content, whole = self._build(data)
         pin = self._pins.get(plan.id)
         if pin is None:
             release = self._unpin(0.0)
@@ -183,16 +185,21 @@ class Frontend:
                 self._abandoned |= {plan.id, *release}
                 raise
             pin = self._pins[plan.id] = _Pin()
-        return self._issue(plan, pin, **about)
+        return self._issue(plan, pin, whole=whole, **about)
 
     def resolve(self, data: object) -> Plan:
         asked = spec.parse(data)
         return self.resolver.resolve(asked, self._recent_default() if asked.default else None)
 
-    def _build(self, data: object) -> tuple[Plan, bytes]:
-        """The plan, and its content if the workers may not have it."""
-        plan = self.resolve(data)
-        return plan, plan.to_bytes() if plan.id not in self._pins else b""
+    def _build(self, data: object) -> tuple[Plan, bytes, bool]:
+        """The plan, its content if the workers may not have it, and whether every token is to be told of."""
+        asked = spec.parse(data)
+        plan = self.resolve(asked)
+        if asked.every_token:
+            _refuse_wide(plan, "stream_probes" if asked.stream_probes else "report")
+        if asked.stream_probes and not plan.probes:
+            raise errors.InvalidRequest("needs probes", "steering.stream_probes")
+        return plan, plan.to_bytes() if plan.id not in self._pins else b"", asked.every_token
 
     async def _load(self, plan: Plan, content: bytes) -> None:
         """Sends a plan to the workers, making room for it as far as needed."""
@@ -344,6 +351,16 @@ def merge_models(answers: Sequence[Any]) -> ModelInfo:
     return ModelInfo(
         first.name, first.architecture, first.n_layers, first.d_model, first.n_heads, d_head, sites, first.fingerprint
     )
+
+
+def _refuse_wide(plan: Plan, field: str) -> None:
+    """A worker keeps every number of every token until the request has ended."""
+    numbers = len(plan.probes) + sum(len(step.layers) for step in plan.steps)
+    if numbers > MAX_TRACED:
+        raise errors.OutOfRange(
+            f"{numbers} numbers for each token, one for each layer of a probe or an edit; at most {MAX_TRACED}",
+            f"steering.{field}",
+        )
 
 
 def _full(answers: Sequence[Any]) -> bool:

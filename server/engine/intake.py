@@ -192,7 +192,7 @@ def _finish(ticket: Ticket, request: Any) -> dict[str, Any]:
         paths = [f"{step.path}.tokens" for step in ticket.plan.steps]
         selection = Selection.build(ticket.plan.selectors, prompt, paths)
     ticket.selections.append(selection)
-    return make_args(ticket.plan, selection, str(ticket.key))
+    return make_args(ticket.plan, selection, str(ticket.key), ticket.whole)
 
 
 def _span(position: Any) -> range:

@@ -18,7 +18,7 @@ from typing import Any
 
 import steersman
 
-RPC_METHODS = ("model", "load_plan", "reports", "stats")
+RPC_METHODS = ("model", "load_plan", "reports", "probes", "watch", "statistics", "stats")
 """Methods of ``WorkerSteering`` that ``collective_rpc`` reaches by ``steersman_<name>``."""
 
 

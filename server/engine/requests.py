@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from steersman.server.engine.resident import Resident
+from steersman.server.engine.traces import Trace, Values, plain
 from steersman.steering.plan import GateRead, Place, Step
 from steersman.steering.tokens import Selection
 
 NOWHERE = 2**62
-KEPT_VALUES = 256  # of a probe at a layer that can still be taken back
 ATTEMPTS = 2  # passes in which an intervention is measured; after that only now and then
 Sums = np.ndarray[Any, np.dtype[np.float64]]
 Masks = np.ndarray[Any, np.dtype[np.uint64]]
@@ -31,6 +31,7 @@ class GateState:
     open_from: int = NOWHERE  # position from which a held token gate stays open
     seen: int = 0  # positions from 0 on that were read, without a gap
     total: Tensor | None = None  # [d] float64, the sum over those of the prompt (prompt_mean)
+    counted: bool = False  # whether the decision of a gate that decides once is in the statistics
 
     def at_start(self, start: int, count: int, prompt_length: int) -> Tensor:
         """[count] what is known before the pass that computes ``count`` positions from ``start``."""
@@ -84,55 +85,14 @@ class GateState:
         value = (x * self.read.direction).sum(-1)
         if self.read.measure == "cosine":
             value = value / (x * x).sum(-1).sqrt().clamp_min(1e-30)
+        if self.read.activation is not None:
+            value = self.read.activation(value)
         ok = torch.ones_like(value, dtype=torch.bool)
         if self.read.above is not None:
             ok &= value > self.read.above
         if self.read.below is not None:
             ok &= value < self.read.below
         return ok
-
-
-@dataclass
-class ProbeState:
-    """One probe's values at one layer: their sums up to a position, and the later ones, which may be taken back.
-
-    A position may be computed again, with the same value after a preemption and with another in place of a draft that
-    was rejected; and the engine may have run past the end of the response when that is asked about.
-    """
-
-    until: int = 0  # position up to which values are in the sums
-    recent: list[float] = field(default_factory=list)  # values of the positions from there on
-    count: int = 0
-    total: float = 0.0
-    low: float = float("inf")
-    high: float = float("-inf")
-    last: float = 0.0
-
-    def see(self, start: int, values: Sequence[float]) -> None:
-        """The values of the positions from ``start``."""
-        if start > self.until + len(self.recent):  # those between were in the prefix cache
-            self._fold(len(self.recent))
-            self.until = start
-        new = values[max(self.until - start, 0) :]
-        if new:
-            self.recent[max(start - self.until, 0) :] = new
-        if len(self.recent) > 2 * KEPT_VALUES:
-            self._fold(len(self.recent) - KEPT_VALUES)
-
-    def sums(self, end: int | None) -> list[float]:
-        """Number, sum, minimum, maximum and last value of the positions before ``end``."""
-        whole = replace(self, recent=self.recent[: None if end is None else max(end - self.until, 0)])
-        whole._fold(len(whole.recent))
-        return [whole.count, whole.total, whole.low, whole.high, whole.last]
-
-    def _fold(self, count: int) -> None:
-        """Moves the first ``count`` recent values into the sums."""
-        if chosen := self.recent[:count]:
-            self.count += len(chosen)
-            self.total += sum(chosen)
-            self.low, self.high, self.last = min(self.low, *chosen), max(self.high, *chosen), chosen[-1]
-        del self.recent[:count]
-        self.until += count
 
 
 @dataclass
@@ -148,16 +108,26 @@ class RequestState:
     unmeasured: int = field(init=False)  # mask of the interventions whose size is not known well enough yet
     done: array[int] = field(default_factory=lambda: array("Q"))  # by position: bit mask of what edited it
     reused: int = 0  # positions before it were in the prefix cache when the request began
-    probes: dict[tuple[int, int], ProbeState] = field(default_factory=dict)  # by (probe, layer)
+    whole: bool = False  # whether its report tells of every token
+    probes: Trace | None = None  # a column for each of `columns`; None before the first pass
+    columns: list[int] = field(default_factory=list)  # the plan's reads that are made on this rank
+    sizes: Trace | None = None  # of the edits, where every token is told of; NaN where nothing was edited
+    size_columns: dict[tuple[int, int], int] = field(default_factory=dict)  # (intervention, layer) -> column
+    over: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)  # beyond the dosage's limit
     error: str | None = None
 
     def __post_init__(self) -> None:
         plan = self.resident.plan if self.resident else None
         self.gates = [GateState(g) for g in plan.gates] if plan else []
         self.steps = plan.steps if plan else ()
+        self._reads = [(p.probe, p.place.layer) for p in plan.probes] if plan else []
         self.constant = None if self.selection.rules else np.array([self.selection.generated], dtype=np.uint64)
         self.unmeasured = (1 << len(self.steps)) - 1
         self._attempts = [0] * len(self.steps)
+        if self.whole:
+            pairs = [(i, layer) for i, step in enumerate(self.steps) for layer in step.layers]
+            self.size_columns = {pair: column for column, pair in enumerate(dict.fromkeys(pairs))}
+            self.sizes = Trace(len(self.size_columns), whole=True)
         if plan is None:
             self.error = "the plan was not resident when the request reached the engine"
 
@@ -216,9 +186,19 @@ class RequestState:
         done = np.array(self.done[start:end], dtype=np.uint64)
         return [int(np.count_nonzero(done & np.uint64(1 << i))) for i in range(len(self.steps))]
 
-    def see_probe(self, probe: int, layer: int, start: int, values: Tensor) -> None:
-        """Values of the positions from ``start``; each position counts once, with the value that was computed last."""
-        self.probes.setdefault((probe, layer), ProbeState()).see(start, values.tolist())
+    def see_probes(self, columns: list[int], start: int, values: Values) -> None:
+        """Values [n, columns] of these reads of the plan, for the positions from ``start``.
+
+        Each position counts once, with the values that were computed last.
+        """
+        if self.probes is None:
+            self.columns, self.probes = columns, Trace(len(columns), self.whole)
+        self.probes.see(start, values)
+
+    def overdosed(self, intervention: int, layer: int, count: int, worst: float) -> None:
+        """An intervention was too large at ``count`` tokens of a pass, by its ‖Δx‖/‖x‖ up to ``worst``."""
+        known, largest = self.over.get((intervention, layer), (0, 0.0))
+        self.over[intervention, layer] = known + count, max(largest, worst)
 
     def _sizes(self) -> list[list[Any]]:
         """[intervention, layer, sum, count] of ‖Δx‖/‖x‖, where anything was measured."""
@@ -242,10 +222,39 @@ class RequestState:
             "cached": self.edited(end=reused),
             "edited": self.edited(start=reused, end=end),
             "gates": [g.open for g in self.gates],
-            "probes": [[p, layer, *self.probes[p, layer].sums(end)] for p, layer in sorted(self.probes)],
+            "probes": self._probe_sums(end),
+            "over": [[i, layer, count, worst] for (i, layer), (count, worst) in sorted(self.over.items())],
+            "tokens": [self._tokens(end)] if self.whole and self.sizes is not None else [],
         }
+
+    def probe_rows(self, start: int, end: int | None) -> dict[str, Any]:
+        """What the probes read at the positions from ``start`` to ``end`` that were computed: a row for each."""
+        if self.probes is None:
+            return {"positions": [], "columns": [], "values": []}
+        positions, values = self.probes.rows(start, end)
+        return {"positions": positions, "columns": self._probe_columns(), "values": plain(values)}
+
+    def _probe_columns(self) -> list[list[int]]:
+        return [list(self._reads[column]) for column in self.columns]
+
+    def _probe_sums(self, end: int | None) -> list[list[Any]]:
+        """[probe, layer, number, sum, minimum, maximum, last] of the positions before ``end``."""
+        if self.probes is None:
+            return []
+        found = self.probes.sums(end)
+        numbers = (n.tolist() for n in (found.total, found.low, found.high, found.last))
+        rows = zip(self._probe_columns(), *numbers, strict=True)
+        return sorted([*where, found.count, *values] for where, *values in rows)
+
+    def _tokens(self, end: int | None) -> dict[str, Any]:
+        """Token by token: what probes read, and ‖Δx‖/‖x‖ of each intervention and layer, None where it did nothing."""
+        assert self.sizes is not None
+        positions, sizes = self.sizes.rows(0, end)
+        edits = {"positions": positions, "columns": [list(c) for c in self.size_columns], "values": plain(sizes)}
+        return {"probes": self.probe_rows(0, end), "edits": edits}
 
 
 def open_request(request_id: str, args: Mapping[str, Any], resident: Resident | None) -> RequestState:
     """The state of a request whose sampling parameters carry ``args`` (see :mod:`steersman.server.engine.wire`)."""
-    return RequestState(resident, Selection.from_json(args["selection"]), str(args["key"]), request_id)
+    selection = Selection.from_json(args["selection"])
+    return RequestState(resident, selection, str(args["key"]), request_id, whole=bool(args.get("whole")))

@@ -1,7 +1,8 @@
 """What travels with a request from the HTTP process to the engine: ``sampling_params.extra_args["steersman"]``.
 
-``{"plan": id, "edits": id, "key": report key, "selection": Selection.to_json(), "decides": bool}``, the last
-one whether a gate decides once for the whole request. The plan itself goes to the workers once, by RPC, before
+``{"plan": id, "edits": id, "key": report key, "selection": Selection.to_json(), "decides": bool, "whole": bool}``:
+``decides``, whether a gate decides once for the whole request; ``whole``, whether its report tells of every token.
+The plan itself goes to the workers once, by RPC, before
 the first request that names it.
 """
 
@@ -22,11 +23,12 @@ def args_of(sampling_params: Any) -> Mapping[str, Any] | None:
     return extra.get(KEY) if extra else None
 
 
-def make_args(plan: Plan, selection: Selection, key: str) -> dict[str, Any]:
+def make_args(plan: Plan, selection: Selection, key: str, whole: bool = False) -> dict[str, Any]:
     return {
         "plan": plan.id,
         "edits": plan.edits_id,
         "key": key,
         "selection": selection.to_json(),
         "decides": any(g.per_request for g in plan.gates),
+        "whole": whole,
     }

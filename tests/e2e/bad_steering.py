@@ -170,6 +170,12 @@ BAD: list[tuple[str, Any, str, int]] = [
     ("a gate at its edit", edit(when=GATE), f"{FIRST}.when.layer", 400),
     ("a gate without bounds", edit(when={"vector": INLINE, "layer": 0}), f"{FIRST}.when", 400),
     ("a gate out of range", edit(when={**GATE, "layer": 99}), f"{FIRST}.when.layer", 400),
+    # features
+    ("a dictionary that is not there", {"interventions": [{"op": "feature", "dictionary": "nope", "index": 0,
+     "mode": "ablate"}]}, f"{FIRST}.dictionary", 404),
+    ("a feature without a value", {"interventions": [{"op": "feature", "dictionary": "nope", "index": 0}]}, FIRST, 400),
+    ("a probe of two things", {"probes": [{"vector": INLINE, "dictionary": "nope", "index": 0}]},
+     "steering.probes[0]", 400),
     # units that do not exist
     ("a head too far", {"interventions": [{"op": "heads", "heads": [[1, HEADS]], "factor": 0}]}, f"{FIRST}.heads", 400),
     ("a neuron too far", {"interventions": [{"op": "neurons", "neurons": {"inline": [[1, WIDTH]]}, "value": 1}]},

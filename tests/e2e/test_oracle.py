@@ -12,10 +12,12 @@ import torch
 from steersman.clients.smollm2 import fetch
 from tests.e2e.server import Server, serve
 from tests.models.tiny import REGISTRY, tiny_model
+from tests.oracle import ops
 from tests.oracle.hf import AssetData, Oracle
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 TOLERANCE = 1e-3
+FEATURES = 16
 PROMPT = [1, 40, 51, 62, 73, 84, 95, 106, 117, 128, 139, 31]
 MISSING = {"gpt_neox": {"resid_mid"}, "mixtral": {"mlp_post"}}
 """Sites that an architecture does not have: parallel residuals have no middle, experts no common neurons."""
@@ -46,7 +48,7 @@ def test_ops_at_sites(served: tuple[Server, Oracle]) -> None:
     for site, layers in model["sites"].items():
         asked = interventions(site, layers)
         if server.model == "smollm2" and site != "resid_post":
-            asked = asked[:1] + asked[4:5]  # the tiny models have gone through all of them
+            asked = asked[:1] + asked[8:9]  # the tiny models have gone through all of them
         for i, intervention in enumerate(asked):
             check(server, oracle, {"interventions": [intervention]}, f"{site} #{i} {intervention['op']}")
 
@@ -74,6 +76,25 @@ SELECTORS: list[Any] = [
 ]  # fmt: skip
 
 
+def test_features_are_read(served: tuple[Server, Oracle]) -> None:
+    """A probe on a feature reports what the dictionary's own encoder says of the prompt's tokens."""
+    server, oracle = served
+    assets(oracle, server, server.http.get("/v1/steering/model").json())
+    data = oracle.assets["resid_post-sae"]
+    [(layer, p)] = data.layers.items()
+    stream = oracle.capture(PROMPT, [(layer, "resid_post")], prompt_len=len(PROMPT))[layer, "resid_post"]
+    acts = ops.activations(stream, p)
+    probes = [{"dictionary": "resid_post-sae", "index": i} for i in range(FEATURES)]
+    answer = server.complete(PROMPT, {"probes": probes}, max_tokens=1)
+    for i, told in enumerate(answer["steering"]["probes"]):
+        assert told["asset"].endswith(f"#{i}")
+        seen, want = told["layers"][str(layer)], acts[:, i]
+        assert seen["tokens"] == len(PROMPT)
+        for name, value in (("mean", want.mean()), ("max", want.max()), ("last", want[-1])):
+            assert abs(seen[name] - float(value)) < TOLERANCE * max(1.0, float(want.max())), (i, name)
+    assert 0 < int((acts > 0).sum()) < acts.numel()
+
+
 def gates(oracle: Oracle) -> list[dict[str, Any]]:
     """Gates with thresholds in the middle of what is measured, so that they open for some and not for others."""
     stream = oracle.capture(PROMPT, [(1, "resid_post")], prompt_len=len(PROMPT))[1, "resid_post"]
@@ -81,7 +102,14 @@ def gates(oracle: Oracle) -> list[dict[str, Any]]:
     projection = stream @ (v / v.norm())
     middle = float(projection.sort().values[len(PROMPT) // 2 - 1 : len(PROMPT) // 2 + 1].mean())
     gate = {"vector": "resid_post", "layer": 1, "measure": "projection"}
+    acts = ops.activations(stream, oracle.assets["early-sae"].layers[1])
+    index = int((acts > 0).float().mean(0).sub(0.5).abs().argmin())
+    some = acts[:, index].sort().values
+    half = float(some[-3:-1].mean())  # active on some tokens more than this
+    feature = {"dictionary": "early-sae", "index": index}
     return [
+        {**feature, "above": half, "over": "token"},
+        {**feature, "below": half, "over": "token", "measure": "feature"},
         {**gate, "above": middle, "over": "token"},
         {**gate, "below": middle, "over": "token", "measure": "projection"},
         {**gate, "above": middle, "over": "token", "hold": True},
@@ -100,6 +128,23 @@ def interventions(site: str, layers: list[int]) -> list[dict[str, Any]]:
         {"op": "add", **where, "scale": 1.5, "layers": one},
         {"op": "add", **where, "scale": 0.2, "relative": "norm", "layers": layers},
         {"op": "add", **where, "scale": 1.5, "layers": one, "preserve_norm": True},
+        {"op": "feature", "dictionary": f"{site}-sae", "index": [2, 5, 11], "mode": "set", "value": 3.0},
+        {"op": "feature", "dictionary": f"{site}-sae", "index": 3, "mode": "add", "value": 2.0},
+        {
+            "op": "feature",
+            "dictionary": f"{site}-sae",
+            "index": [0, 1, 4, 7],
+            "mode": "scale",
+            "value": -3.0,
+            "only_if_active": True,
+        },
+        {
+            "op": "feature",
+            "dictionary": f"{site}-sae",
+            "index": list(range(9)),
+            "mode": "ablate",
+            "preserve_norm": True,
+        },
         {"op": "ablate", **where, "layers": layers},
         {"op": "ablate", **where, "vector": f"{site}-plane", "layers": layers, "strength": 0.7},
         {"op": "clamp", **where, "value": 2.5, "layers": one, "tokens": {"generated": True, "last": 2}},
@@ -146,6 +191,36 @@ def assets(oracle: Oracle, server: Server, model: dict[str, Any]) -> None:
         parts = {layer: {"R": r[i], "A": a[i], "b": b[i]} for i, layer in enumerate(chosen)}
         oracle.assets[f"{site}-affine"] = AssetData("affine", site, parts)
         upload(server, {**common, "kind": "affine", "name": f"{site}-affine"}, {"R": r, "A": a, "b": b})
+        one = layers[len(layers) // 2]
+        dictionary(oracle, server, about, f"{site}-sae", site, one, model["widths"][site][str(one)])
+    dictionary(oracle, server, about, "early-sae", "resid_post", 1, model["widths"]["resid_post"]["1"])
+
+
+def dictionary(
+    oracle: Oracle, server: Server, about: dict[str, Any], name: str, site: str, layer: int, width: int
+) -> None:
+    """A random JumpReLU dictionary whose features are active on some of the prompt's tokens."""
+    generator = torch.Generator().manual_seed(width + layer)
+    stream = oracle.capture(PROMPT, [(layer, site)], prompt_len=len(PROMPT))[layer, site]
+    encoder, decoder = (torch.randn(FEATURES, width, generator=generator) for _ in range(2))
+    encoder = encoder / (stream.norm(dim=1).mean() / width**0.5) / width**0.5
+    tensors = {
+        "encoder": encoder, "decoder": decoder / decoder.norm(dim=1, keepdim=True),
+        "b_enc": torch.randn(FEATURES, generator=generator) / 4, "b_dec": stream.mean(0) / 8,
+        "threshold": torch.rand(FEATURES, generator=generator) / 2,
+    }  # fmt: skip
+    scale = float(stream.norm(dim=1).mean()) / 4  # so that an edit is felt
+    tensors["decoder"] = tensors["decoder"] * scale
+    read = {"W_enc": encoder.T, "W_dec": tensors["decoder"], **{n: tensors[n] for n in ("b_enc", "b_dec", "threshold")}}
+    oracle.assets[name] = AssetData("dictionary", site, {layer: read})
+    meta = {
+        "kind": "dictionary",
+        "architecture": "jumprelu",
+        "apply_b_dec_to_input": True,
+        "site": site,
+        "layer": layer,
+    }
+    upload(server, {**meta, "name": name, "model": about}, tensors)
 
 
 def upload(server: Server, metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

@@ -174,7 +174,7 @@ class Oracle:
         if op not in OP_FIELDS:
             raise NotImplementedError(f"the oracle has no op {op!r}")
         known(spec, COMMON_FIELDS | OP_FIELDS[op], op)
-        kind = {"neurons": "neurons", "affine": "affine"}.get(op, "vector")
+        kind = {"neurons": "neurons", "affine": "affine", "feature": "dictionary"}.get(op, "vector")
         asset = self.asset(spec[kind], kind) if kind in spec else AssetData("vector", "attn_z")
         site = spec.get("site", {"neurons": "mlp_post", "heads": "attn_z"}.get(op, asset.site))
         if {"neurons": "mlp_post", "heads": "attn_z"}.get(op, site) != site:
@@ -224,6 +224,14 @@ class Oracle:
         if op == "rotate":
             toward = self.asset(spec["toward"], "vector").layers[layer].float().reshape(-1)
             return partial(ops.rotate, v=v, toward=toward, degrees=spec["degrees"])
+        if op == "feature":
+            if (spec.get("mode", "set") == "ablate") != ("value" not in spec):
+                raise ValueError("feature: a value, but for ablate")
+            index = spec["index"] if isinstance(spec["index"], list) else [spec["index"]]
+            return partial(
+                ops.feature, p=asset.layers[layer], indices=index, mode=spec.get("mode", "set"),
+                value=spec.get("value", 0.0), only_if_active=spec.get("only_if_active", False),
+            )  # fmt: skip
         if op == "neurons":
             return partial(ops.neurons, indices=indices, mode=spec["mode"], value=spec["value"])
         if op == "heads":
@@ -237,22 +245,35 @@ class Oracle:
     def _gate(self, when: Mapping[str, Any]) -> Gate:
         known(when, GATE_FIELDS, "when")
         when = {key: value for key, value in when.items() if value is not None}
-        if when.get("measure", "cosine") not in ("cosine", "projection") or not {"above", "below"} & set(when):
-            raise ValueError("when: measure is cosine or projection, and above or below is given")
+        if not {"above", "below"} & set(when):
+            raise ValueError("when: above or below is given")
         if when.get("over", "token") not in ("token", "prompt_mean", "last_prompt"):
             raise ValueError("when: over is token, prompt_mean or last_prompt")
-        layer, site = when["layer"], when.get("site", "resid_post")
+        layer, value = self._measure(when)
+        site = when.get("site", self.assets[when["dictionary"]].site if "dictionary" in when else "resid_post")
         if site not in self.sites(layer):
             raise ValueError(f"layer {layer} of {self.config.model_type} has no {site}")
         return Gate(
             place=(layer, SITES.index(site)),
-            direction=ops.unit(self.asset(when["vector"], "vector").layers[layer].float().reshape(-1)),
-            measure=when.get("measure", "cosine"),
+            value=value,
             above=when.get("above", -math.inf),
             below=when.get("below", math.inf),
             over=when.get("over", "token"),
             hold=when.get("hold", False),
         )
+
+    def _measure(self, when: Mapping[str, Any]) -> tuple[int, Callable[[Tensor], Tensor]]:
+        """The layer where a gate is read, and what it reads of x [T, d] there: [T]."""
+        measure = when.get("measure", "feature" if "dictionary" in when else "cosine")
+        if measure == "feature":
+            layers = self.asset(when["dictionary"], "dictionary").layers
+            layer = when.get("layer", min(layers))
+            return layer, lambda x: ops.activations(x, layers[layer])[:, when["index"]]
+        v = ops.unit(self.asset(when["vector"], "vector").layers[when["layer"]].float().reshape(-1))
+        if measure not in ("cosine", "projection"):
+            raise ValueError("when: measure is cosine, projection or feature")
+        cosine = measure == "cosine"
+        return when["layer"], lambda x: x @ v / (x.norm(dim=-1).clamp_min(1e-30) if cosine else 1.0)
 
     # ------------------------------------------------------------------------------------------ forward passes
 
@@ -291,7 +312,7 @@ class Oracle:
             before = x
             for gate in gates:
                 if gate.place == place:
-                    gate.read(x, prompt_len)
+                    gate.see(x, prompt_len)
             for edit in edits:
                 if edit.place == place:
                     mask = select(edit.tokens, token_ids, prompt_len, context)

@@ -56,6 +56,28 @@ def rotate(x: Tensor, v: Tensor, toward: Tensor, degrees: float) -> Tensor:
     return x - a * e1 - b * e2 + (c * a - s * b) * e1 + (s * a + c * b) * e2
 
 
+def activations(x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+    """[T, m] of a dictionary with W_enc [d, m], b_enc, b_dec, threshold [m]: a JumpReLU SAE's own encode."""
+    pre = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
+    return pre.relu() * (pre > p["threshold"])
+
+
+def feature(
+    x: Tensor, p: Mapping[str, Tensor], indices: list[int], mode: str, value: float, only_if_active: bool
+) -> Tensor:
+    """decode(a′) + (x − decode(a)): activations changed between encode and decode, the error put back."""
+    a = activations(x, p)
+    after = a.clone()
+    picked = a[:, indices]
+    after[:, indices] = {
+        "set": torch.full_like(picked, value), "add": picked + value, "scale": picked * value, "ablate": picked * 0,
+    }[mode]  # fmt: skip
+    if only_if_active:
+        after = torch.where(a > 0, after, a)
+    error = x - (a @ p["W_dec"] + p["b_dec"])
+    return after @ p["W_dec"] + p["b_dec"] + error
+
+
 def neurons(x: Tensor, indices: list[int], mode: str, value: float) -> Tensor:
     """Set, shift or scale the named neurons' activations."""
     x, a = x.clone(), x[:, indices]

@@ -1,7 +1,7 @@
 """How the oracle reads a steering request: assets, layers, token selections and gates. Plain data and plain torch."""
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,11 @@ Place = tuple[int, int]  # (layer, index into SITES)
 class AssetData:
     """What the oracle needs to know of an asset; a field that does not belong to the kind stays empty."""
 
-    kind: str  # "vector", "neurons" or "affine"
+    kind: str  # "vector", "neurons", "affine" or "dictionary"
     site: str = "resid_post"
     # vector: layer -> [d], or [k, d] spanning a subspace, or for `heads` [n_heads·d_head] or [n_heads, d_head]
     # affine: layer -> {"R": [r, d], "A": [r, d], "b": [r]}
+    # dictionary: layer -> {"W_enc": [d, m], "W_dec": [m, d], "b_enc": [m], "b_dec": [d], "threshold": [m]}
     layers: Mapping[int, Any] = field(default_factory=dict)
     neurons: Sequence[Sequence[int]] = ()  # neurons: (layer, index) pairs
     scale: float | None = None  # recommended scale of `add` and `heads`
@@ -43,12 +44,13 @@ OP_FIELDS = {
     "clamp": {"vector", "value", "min", "max"},
     "multiply": {"vector", "factor"},
     "rotate": {"vector", "toward", "degrees"},
+    "feature": {"dictionary", "index", "mode", "value", "only_if_active"},
     "neurons": {"neurons", "mode", "value"},
     "heads": {"heads", "factor", "vector", "scale"},
     "affine": {"affine", "strength"},
 }
 TOKEN_FIELDS = {"prompt", "generated", "positions", "ranges", "last", "image", "text", "token_ids", "roles", "exclude"}
-GATE_FIELDS = {"vector", "layer", "site", "measure", "above", "below", "over", "hold"}
+GATE_FIELDS = {"vector", "dictionary", "index", "layer", "site", "measure", "above", "below", "over", "hold"}
 
 
 def known(given: Mapping[str, Any], allowed: Iterable[str], what: str) -> None:
@@ -123,8 +125,7 @@ class Gate:
     """One `when`. `token_open` is filled while a pass runs, `decision` by the pass over the prompt."""
 
     place: Place
-    direction: Tensor  # [d], unit length
-    measure: str  # cosine | projection
+    value: Callable[[Tensor], Tensor]  # x [T, d] -> what is compared with the bounds, [T]
     above: float
     below: float
     over: str  # token | prompt_mean | last_prompt
@@ -132,7 +133,7 @@ class Gate:
     token_open: Tensor | None = None  # [T] bool
     decision: bool | None = None
 
-    def read(self, x: Tensor, prompt_len: int) -> None:
+    def see(self, x: Tensor, prompt_len: int) -> None:
         """See the stream x [T, d] at the gate's own place, before any edit made there."""
         if self.over == "token":
             opened = self._holds(x)
@@ -142,9 +143,7 @@ class Gate:
             self.decision = bool(self._holds(seen[None])[0])
 
     def _holds(self, x: Tensor) -> Tensor:
-        value = x @ self.direction
-        if self.measure == "cosine":
-            value = value / x.norm(dim=-1).clamp_min(1e-30)
+        value = self.value(x)
         return (value > self.above) & (value < self.below)
 
     def mask(self, place: Place, n: int, prompt_len: int) -> Tensor:

@@ -382,7 +382,7 @@ def test_fields() -> None:
         with pytest.raises(ValueError):
             run("llama", spec)
     with pytest.raises(NotImplementedError):
-        run("llama", {"op": "feature", "dictionary": "d", "index": 1})
+        run("llama", {"op": "inject", "recipe": "r"})
     with pytest.raises(ValueError, match="no resid_mid"):
         oracle("gpt_neox").capture(IDS, [(0, "resid_mid")])
     assert math.isclose(float(by_default.exp().sum(-1).mean()), 1, rel_tol=1e-4)

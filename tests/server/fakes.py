@@ -35,6 +35,7 @@ class Workers:
         self.capacity = 1000
         self.fail: Exception | None = None
         self.reports: Callable[[str], list[dict[str, Any]]] = lambda key: []
+        self.probed: Callable[[str, int, int], dict[str, Any]] = lambda sequence, start, end: {}
 
     def sent(self, method: str = "steersman_load_plan") -> list[tuple[Any, ...]]:
         return [arguments for name, arguments in self.calls if name == method]
@@ -43,7 +44,8 @@ class Workers:
         self.calls.append((method, args))
         if self.fail is not None:
             raise self.fail
-        answer = {"steersman_load_plan": self._load, "steersman_reports": self._reports}[method](*args)
+        methods = {"steersman_load_plan": self._load, "steersman_reports": self._reports}
+        answer = {**methods, "steersman_probes": self._probes}[method](*args)
         return [answer] * self.ranks
 
     def _load(self, data: bytes, holder: str, release: list[str]) -> dict[str, Any]:
@@ -54,6 +56,9 @@ class Workers:
             return {"error": "every resident plan is in use", "code": "capacity_exceeded"}
         self.pinned.setdefault(plan.id, set()).add(holder)
         return {"plan": plan.id, "resident": len(self.pinned)}
+
+    def _probes(self, asked: dict[str, dict[str, list[int]]]) -> dict[str, Any]:
+        return {key: {i: self.probed(i, *bounds) for i, bounds in each.items()} for key, each in asked.items()}
 
     def _reports(self, keys: list[str]) -> dict[str, Any]:
         return {key: self.reports(key) for key in keys}
@@ -70,6 +75,8 @@ def raw_report(plan: Plan, **changes: Any) -> dict[str, Any]:
         "edited": [edited for _ in steps],
         "gates": [None for _ in plan.gates],
         "probes": [],
+        "over": [],
+        "tokens": [],
         **changes,
     }
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from steersman.server.engine.frontend import Frontend, Generated, Ticket, TicketKey, _Pin
-from steersman.server.reports import Reports, _join, block
-from steersman.steering.errors import EngineUnsteered
+from steersman.server.reports import Reports, _join, block, overdoses, refuse_overdose
+from steersman.steering.errors import DosageExceeded, EngineUnsteered
 from steersman.steering.plan import Plan
 from steersman.steering.tokens import Prompt, Selection
 from tests.server.fakes import Workers, frontend, raw_report
@@ -123,6 +123,107 @@ def test_a_stage_that_lacks_the_plan_makes_the_error_the_sequences() -> None:
     plan = plan_of({**ADD, "when": GATE})
     lacking = raw_report(plan, error="the plan was not resident", gates=[], relative=[])
     assert _join([[raw_report(plan, gates=[True])], [lacking]])[0]["error"] == "the plan was not resident"
+
+
+# -- token by token -------------------------------------------------------------------------------------
+
+
+def told(positions: list[int], columns: list[list[int]], values: list[list[Any]]) -> dict[str, Any]:
+    return {"positions": positions, "columns": columns, "values": values}
+
+
+def test_every_token_of_every_sequence() -> None:
+    """Of two sequences, the first of which is on two pipeline stages."""
+    plan = plan_of(ADD, probes=[PROBE, {**PROBE, "layers": [1]}])
+    edits = [[0, 1], [0, 2]]
+    first = raw_report(plan, tokens=[{
+        "probes": told([4, 5], [[1, 1]], [[0.5], [0.25]]), "edits": told([4, 5], edits, [[0.1, None], [None, None]]),
+    }])  # fmt: skip
+    later = raw_report(plan, relative=[], tokens=[{
+        "probes": told([4, 5], [[0, 3]], [[1.0], [None]]), "edits": told([4, 5], edits, [[None, 0.2], [None, 0.3]]),
+    }])  # fmt: skip
+    other = raw_report(plan, request="r-1", tokens=[{
+        "probes": told([7], [[0, 3], [1, 1]], [[3.0, 4.0]]), "edits": told([7], edits, [[0.5, 0.6]]),
+    }])  # fmt: skip
+    found = block(ticket(plan), _join([[first, other], [later]]), "tokens")
+    assert found["sequences"] == [
+        {
+            "choice": 0,
+            "positions": [4, 5],
+            "probes": [
+                {"index": 0, "asset": "inline", "layer": 3, "values": [1.0, None]},
+                {"index": 1, "asset": "inline", "layer": 1, "values": [0.5, 0.25]},
+            ],
+            "interventions": [
+                {"index": 0, "layer": 1, "relative_norms": [0.1, None]},
+                {"index": 0, "layer": 2, "relative_norms": [0.2, 0.3]},
+            ],
+        },
+        {
+            "choice": 1,
+            "positions": [7],
+            "probes": [
+                {"index": 0, "asset": "inline", "layer": 3, "values": [3.0]},
+                {"index": 1, "asset": "inline", "layer": 1, "values": [4.0]},
+            ],
+            "interventions": [
+                {"index": 0, "layer": 1, "relative_norms": [0.5]},
+                {"index": 0, "layer": 2, "relative_norms": [0.6]},
+            ],
+        },
+    ]
+    assert "by_layer" in found["interventions"][0]
+    assert "sequences" not in block(ticket(plan), [other], "layers")
+
+
+def test_probes_are_asked_for_from_where_they_were_told(made: Frontend, workers: Workers) -> None:
+    plan = plan_of(probes=[PROBE])
+    of, fed, have = ticket(plan), {"a": 3, "b": 3}, {"a": 2, "b": 0}  # b's prompt is still being computed
+    for i, name in enumerate("ab"):
+        of.sequences[name] = Generated("p", i, lambda name=name: fed[name])  # type: ignore[misc]
+
+    def probed(name: str, start: int, end: int) -> dict[str, Any]:
+        positions = [*range(start, min(end, have[name]))]
+        return told(positions, [[0, 3]], [[float(p)] for p in positions])
+
+    workers.ranks, workers.probed = 1, probed
+
+    async def run() -> list[Any]:
+        reports, seen, out = Reports(made), dict[str, int](), []
+        for more in (2, 3, 5, 5):
+            fed.update(a=more + 1, b=more)
+            out.append([(p["choice"], p["positions"]) for p in await reports.probed(of, seen)])
+            have.update(a=more + 1, b=more)
+        return out
+
+    assert asyncio.run(run()) == [
+        [(0, [0, 1])],
+        [(0, [2]), (1, [0, 1])],
+        [(0, [3]), (1, [2])],
+        [(0, [4, 5]), (1, [3, 4])],
+    ]
+
+
+# -- the limit on an edit's size --------------------------------------------------------------------------
+
+
+def test_edits_beyond_the_limit_are_warned_of_or_refused() -> None:
+    plan = plan_of(ADD, ADD)
+    raw = [
+        raw_report(plan, over=[[0, 1, 3, 0.5], [0, 2, 4, 0.75]]),
+        raw_report(plan, request="r-1", over=[[0, 1, 1, 0.625], [1, 2, 2, 0.6]]),
+    ]
+    found = overdoses(raw)
+    assert [(o.index, o.tokens, o.layer, o.worst) for o in found] == [(0, 8, 2, 0.75), (1, 2, 2, 0.6)]
+    said = (
+        "steering.interventions[{}] changed the stream by {} of its norm at layer 2, more than the server's limit, {}"
+    )
+    warnings = [said.format(0, 0.75, "8 times in all"), said.format(1, 0.6, "2 times in all")]
+    assert block(ticket(plan), raw, "summary")["warnings"] == warnings
+    with pytest.raises(DosageExceeded, match=r"by 0.75 of its norm at layer 2; this server allows 0.4") as error:
+        refuse_overdose(plan, raw, 0.4)
+    assert error.value.param == "steering.interventions[0]"
+    refuse_overdose(plan, [raw_report(plan)], 0.4)
 
 
 # -- fetching ---------------------------------------------------------------------------------------

@@ -1,14 +1,16 @@
 import importlib
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 
-from steersman.server.engine.batch import EDIT_OP, refuse, rows
-from steersman.server.engine.runtime import Scheduled
-from tests.server.engine.fakes import config
+from steersman.server.engine.batch import EDIT_OP, any_steered, note_requests, refuse, rows
+from steersman.server.engine.monitor import Monitor
+from steersman.server.engine.runtime import Runtime, Scheduled
+from tests.server.engine.fakes import arrival, config, step
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -17,6 +19,27 @@ def test_rows_are_cut_at_the_bounds() -> None:
     assert rows(["a", "b"], [0, 2, 5], [7, 0]) == [Scheduled("a", 7, 0, 2), Scheduled("b", 0, 2, 3)]
     with pytest.raises(ValueError):
         rows(["a", "b"], [0, 2], [7, 0])
+
+
+def test_rows_are_told_when_statistics_are_due() -> None:
+    runtime = Runtime()
+    assert not any_steered(runtime, ["a"])
+    runtime.monitor = Monitor(1, 2)
+    assert not any_steered(runtime, ["a"])
+    runtime.begin([], lambda *_: np.zeros(0, np.int64))
+    assert any_steered(runtime, ["a"])
+    runtime.begin([], lambda *_: np.zeros(0, np.int64), replayed=True)  # its turn has passed
+    assert not any_steered(runtime, ["a"])
+
+
+def test_statistics_know_how_long_prompts_are() -> None:
+    runtime = Runtime()
+    runtime.monitor = monitor = Monitor(1, 1)
+    embedded = arrival("e", None)
+    embedded.prompt_token_ids, embedded.prompt_embeds = None, torch.zeros(5, 2)
+    note_requests(runtime, step(new=[arrival("a", None, range(3)), arrival("b", None, range(4)), embedded]))
+    note_requests(runtime, step(new=[arrival("a", None, range(9))], finished=["b", "a"]))  # an id that is used again
+    assert monitor._prompts == {"a": 9, "e": 5}
 
 
 @pytest.mark.parametrize(

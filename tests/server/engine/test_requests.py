@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from steersman.server.engine.requests import ATTEMPTS, KEPT_VALUES, GateState, ProbeState, RequestState, open_request
+from steersman.server.engine.requests import ATTEMPTS, GateState, RequestState, open_request
 from steersman.server.engine.resident import Resident
 from steersman.server.engine.runtime import Runtime
 from steersman.server.engine.wire import KEY, args_of, make_args
-from steersman.steering.plan import GateRead, Place
+from steersman.steering.plan import Activation, GateRead, Place
 from steersman.steering.sites import Site
 from tests.server.engine.plans import OPENS, SHUT, add, gate, plan, sideways
 from tests.server.engine.toy import POST, PRE, SHIFTS, Piece, Toy, alone, args, report
@@ -96,6 +96,17 @@ def test_cosine_and_bounds() -> None:
     ):
         values = torch.full((4,), 9.0)
         state(**bounds).decide(x, 0, 4, values)
+        assert values.tolist() == want
+
+
+def test_a_gate_on_a_feature_reads_its_activation() -> None:
+    """p = 2·x0 − 1, active above 3: inactive tokens count as 0, however close they came."""
+    x = torch.tensor([[1.9, 0, 0, 0], [2.1, 0, 0, 0], [9.0, 0, 0, 0], [-9.0, 0, 0, 0]])
+    direction, activation = 2 * torch.eye(4)[0], Activation(-1.0, 3.0)
+    for bounds, want in (((0.0, None), [0, 1, 1, 0]), ((4.0, None), [0, 0, 1, 0]), ((None, 1.0), [1, 0, 0, 1])):
+        read = GateRead(Place(0, POST), direction, "feature", *bounds, "token", False, activation)
+        values = torch.full((4,), 9.0)
+        GateState(read).decide(x, 0, 4, values)
         assert values.tolist() == want
 
 
@@ -244,26 +255,45 @@ def test_what_was_run_past_the_responses_end_is_not_reported(ends: bool) -> None
     assert found["probes"][0][2:] == pytest.approx([P + 1, sum(PROMPT) + 10, 1, max(PROMPT), 10], rel=1e-5)
 
 
-def test_a_probe_keeps_what_was_computed_last() -> None:
-    state = ProbeState()
-    state.see(4, [1.0, 2.0])  # four positions were in the cache
-    state.see(6, [3.0, 99.0, 99.0])  # two drafts
-    state.see(7, [4.0])  # both rejected
-    assert state.sums(8) == [4, 10.0, 1.0, 4.0, 4.0]
-    state.see(0, [7.0, 7.0, 7.0, 7.0, 1.0])  # preempted: the cache's part is seen for the first time now
-    state.see(5, [2.0, 3.0, 4.0, 5.0])
-    assert state.sums(9)[0] == 5
-    assert state.sums(6)[3:] == [2.0, 2.0]
+def test_every_token_is_told_of_where_that_was_asked() -> None:
+    axis = inline(torch.eye(D)[0])
+    its_plan = plan_of(
+        {"op": "add", "vector": axis, "layers": [1, 2], "tokens": {"positions": [1]}, "relative": "norm", "scale": 0.5},
+        {"op": "clamp", "vector": axis, "value": 5, "layers": 1, "tokens": "generated", "when": gate("last_prompt")},
+        probes=[{"vector": axis, "layers": [0, 1]}],
+    )
+    toy = Toy(Runtime())
+    toy.runtime.plans.add(its_plan.to_bytes(), "http")
+    toy.runtime.add_request("r", {**args(its_plan, PROMPT, "r"), "whole": True})
+    toy.run(Piece("r", 3, PROMPT[3:]))  # what comes before was in the prefix cache
+    toy.run(Piece("r", P, [6, 6]))  # the second is a draft, and rejected
+    toy.run(Piece("r", P + 1, [OPENS]))
+    (told,) = report(toy.runtime, "r")["tokens"]
+    assert told["probes"]["positions"] == told["edits"]["positions"] == [*range(3, P + 2)]
+    assert told["probes"]["columns"] == [[0, 0], [0, 1]]
+    read = np.array(told["probes"]["values"])
+    assert read[:, 0] == pytest.approx([*PROMPT[3:], 6, OPENS], rel=1e-5)
+    assert read[:, 1] == pytest.approx([*PROMPT[3:], 5, 5], rel=1e-5)
+    assert told["edits"]["columns"] == [[0, 1], [0, 2], [1, 1]]
+    done = told["edits"]["values"]
+    assert [row[:2] for row in done] == [[None, None]] * (P - 1)  # position 1 was edited by whoever cached it
+    assert [row[2] is None for row in done] == [True] * (P - 3) + [False] * 2
+    (again,) = toy.runtime.reports({"r": {"r": P}})["r"][0]["tokens"]
+    assert again["edits"]["positions"] == [*range(3, P)]
 
 
-def test_a_probe_holds_back_a_bounded_number_of_values() -> None:
-    state, values = ProbeState(), [float(i % 7) for i in range(5 * KEPT_VALUES)]
-    for i in range(0, len(values), 3):
-        state.see(i, values[i : i + 3])
-    assert len(state.recent) <= 2 * KEPT_VALUES
-    end = len(values) - KEPT_VALUES + 1
-    assert state.sums(None) == [len(values), sum(values), 0.0, 6.0, values[-1]]
-    assert state.sums(end) == [end, sum(values[:end]), 0.0, 6.0, values[end - 1]]
+def test_sizes_token_by_token_are_those_of_the_formula() -> None:
+    its_plan = plan_of(add(0, [1, 2], relative="norm", scale=0.25), add(1, 2, relative="norm", scale=0.5))
+    toy = Toy(Runtime())
+    toy.runtime.plans.add(its_plan.to_bytes(), "http")
+    for name in "ab":
+        toy.runtime.add_request(name, {**args(its_plan, PROMPT, name), "whole": name == "b"})
+    toy.run(Piece("a", 0, PROMPT), Piece("plain", 0, PROMPT), Piece("b", 0, PROMPT))
+    toy.complete("b", [*PROMPT, *[1] * 40], P)
+    (told,) = report(toy.runtime, "b")["tokens"]
+    assert told["edits"]["positions"] == [*range(P + 40)]
+    assert [row[:2] for row in told["edits"]["values"]] == [pytest.approx([0.25, 0.25], rel=1e-4)] * (P + 40)
+    assert report(toy.runtime, "a")["tokens"] == []
 
 
 def test_reports_go_by_key_and_finished_ones_are_given_once() -> None:

@@ -1,0 +1,355 @@
+"""What every layer did, sampled: a rank's part of the statistics in ``/metrics``.
+
+Every ``every``-th forward pass is looked at, with all its tokens; the others cost one comparison. What is counted:
+
+* the norm of the stream as it leaves a layer, after the edits there (``resid_post``), apart for prompt tokens and
+  generated ones, and for requests with and without interventions;
+* the cosine between the streams that enter and leave a layer, each after its edits; 1 where a layer does nothing;
+* ‖Δx‖/‖x‖ of each edit whose gate was open, x being the stream before any edit of that place; by asset and layer;
+* what probes read, by asset and layer: those of requests, and those that are read for all (:meth:`watch_probes`);
+* the entropy, in nats, of the model's distribution of the token that comes next, where a token was sampled and the
+  engine does not speculate;
+* outliers: tokens whose ln‖x‖ is more than ``OUTLIER`` standard deviations from its mean at that layer, over all that
+  was sampled at it before, once that is ``BASELINE`` tokens.
+
+Gates are counted in every pass: a gate that decides once counts each request once, a token gate each token that its
+intervention selects. A token that is computed again, after a preemption or in place of a rejected draft, counts again.
+
+The buffers' size is fixed. They are given away whole when they are drained, and stay with us until whoever drained
+them says that they have arrived; so nothing is counted twice or lost, whichever call fails. Of tensor-parallel ranks,
+which all see the whole stream, one counts; all look at the same passes, as measuring an edit may need all of them.
+
+An error in here costs statistics, never a request: it is logged once and counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import uuid
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steersman.kernels.statistics import (
+    COSINE_BOUNDS,
+    ENTROPY_BOUNDS,
+    NORM_BOUNDS,
+    PROBE_BOUNDS,
+    RELATIVE_BOUNDS,
+    Histograms,
+    Ints,
+    KeyedHistograms,
+    cosines,
+    entropies,
+    norms,
+    stream_of,
+)
+from steersman.server.engine.requests import Masks, RequestState
+from steersman.server.engine.resident import Resident
+from steersman.server.engine.sizes import Measured, each
+from steersman.server.engine.traces import Values
+from steersman.steering.plan import Place, Plan, Step
+from steersman.steering.sites import Site
+
+logger = logging.getLogger(__name__)
+
+MAX_KEYS = 2048  # pairs of an asset and a layer between two drains; the rest is counted as `other`
+HOLDERS = 64  # HTTP processes whose last buffers are kept until they have arrived
+OUTLIER = 6.0  # standard deviations
+BASELINE = 1000  # tokens
+OTHER = "other"
+GROUPS = ("prompt", "no"), ("prompt", "yes"), ("generated", "no"), ("generated", "yes")
+"""(tokens, steered) in the order in which a layer's norms are kept."""
+
+
+class _Buffers:
+    """What has been counted since the last drain."""
+
+    def __init__(self, layers: int) -> None:
+        self.norms = Histograms(layers * len(GROUPS), NORM_BOUNDS)
+        self.cosines = Histograms(layers, COSINE_BOUNDS)
+        self.entropy = Histograms(1, ENTROPY_BOUNDS)
+        self.edits = KeyedHistograms(MAX_KEYS, RELATIVE_BOUNDS, (OTHER, -1))
+        self.probes = KeyedHistograms(MAX_KEYS, PROBE_BOUNDS, (OTHER, -1))
+        self.gates: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])  # asset -> decisions, open
+        self.outliers = np.zeros(layers, np.int64)
+        self.passes = 0
+        self.errors = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Lists that the transport can carry. Histograms as counts by bucket, then sum, and maximum for norms."""
+        return {
+            "activation_norm": [
+                [*divmod(row, len(GROUPS)), counts, total, largest if np.isfinite(largest) else None]
+                for row, counts, total, largest in self.norms.rows()
+            ],
+            "layer_cosine": [[layer, counts, total] for layer, counts, total, _ in self.cosines.rows()],
+            "answer_entropy": [[counts, total] for _, counts, total, _ in self.entropy.rows()],
+            "relative_edit_norm": [[*key, counts, total] for key, counts, total, _ in self.edits.rows()],  # type: ignore[misc]
+            "probe_value": [[*key, counts, total] for key, counts, total, _ in self.probes.rows()],  # type: ignore[misc]
+            "gates": [[asset, *both] for asset, both in self.gates.items()],
+            "norm_outliers": [[int(i), int(self.outliers[i])] for i in np.flatnonzero(self.outliers)],
+            "passes": self.passes,
+            "errors": self.errors,
+        }
+
+
+class _Baseline:
+    """Mean and variance of ln‖x‖ at each layer, over all that was sampled (Chan's update)."""
+
+    def __init__(self, layers: int) -> None:
+        self.count = np.zeros(layers)
+        self.mean = np.zeros(layers)
+        self.square = np.zeros(layers)  # sum of squared deviations
+
+    def judge(self, layers: Ints, lengths: Values) -> Ints:
+        """How many of each layer's norms [layers, n] are outliers; they belong to the baseline afterwards."""
+        logs = np.log(np.maximum(lengths.astype(np.float64), 1e-30))
+        count, mean = self.count[layers], self.mean[layers]
+        deviation = np.sqrt(self.square[layers] / np.maximum(count, 1))
+        far = ~(np.abs(logs - mean[:, None]) <= OUTLIER * deviation[:, None])  # NaN is one
+        found: Ints = np.where(count >= BASELINE, far.sum(1), 0)
+        logs = np.where(np.isfinite(logs), logs, mean[:, None])
+        n = logs.shape[1]
+        delta = logs.mean(1) - mean
+        self.square[layers] += ((logs - logs.mean(1)[:, None]) ** 2).sum(1) + delta**2 * count * n / (count + n)
+        self.mean[layers] += delta * n / (count + n)
+        self.count[layers] += n
+        return found
+
+
+class Monitor:
+    def __init__(self, layers: int, every: int, counts: bool = True) -> None:
+        """``every``: which passes are looked at. ``counts``: whether this rank is the one that counts."""
+        self.every = every
+        self.counts = counts
+        self.worker = uuid.uuid4().hex  # a worker that is started again is another one
+        self.places: frozenset[Place] = frozenset(
+            Place(i, site) for i in range(layers if counts else 0) for site in (Site.RESID_PRE, Site.RESID_POST)
+        )
+        self.sampling = False  # in this pass
+        self._layers = layers
+        self._prompts: dict[str, int] = {}  # of the requests in the batch, how long
+        self._passes = 0
+        self._lock = Lock()  # between whoever drains and the end of a pass
+        self._buffers = _Buffers(layers)
+        self._baseline = _Baseline(layers)
+        self._number = 0
+        self._sent: OrderedDict[str, tuple[int, dict[str, Any]]] = OrderedDict()  # by holder
+        self._groups: Ints = np.zeros(0, np.int64)  # [rows] index into GROUPS, -1: nobody's
+        self._finished: list[bool] | None = None  # by request, whether its next token is sampled; of the last pass
+        self._entering: tuple[int, Tensor, Tensor] | None = None  # layer, its stream and norms
+        self._norms: dict[int, Tensor] = {}
+        self._cosines: dict[int, Tensor] = {}
+        self._watched: dict[Place, tuple[list[str], Tensor]] = {}  # names, directions [k, d]
+        self._watched_values: list[tuple[int, list[str], Tensor]] = []  # layer, names, [n, k]; of this pass
+        self._streams = self.places
+        self._logged = False
+
+    @property
+    def due(self) -> bool:
+        """Whether the next pass is looked at, so that its rows must be told."""
+        return (self._passes + 1) % self.every == 0
+
+    def watch_probes(self, plan: Plan) -> None:
+        """Reads the probes of ``plan``, of every request, from now on, in place of those of an earlier one.
+
+        Only where every rank has the whole activation; others are refused before they get here.
+        """
+        found: dict[Place, tuple[list[str], list[Tensor]]] = {}
+        for read in plan.probes:
+            names, directions = found.setdefault(read.place, ([], []))
+            names.append(_unversioned(plan.probe_names[read.probe]))
+            directions.append(read.direction)
+        with self._lock:
+            self._watched = {place: (names, torch.stack(d)) for place, (names, d) in found.items()}
+            if self.counts:
+                self.places = self._streams.union(self._watched)
+
+    def enter(self, request_id: str, prompt: int) -> None:
+        """A request with a prompt of so many tokens is in the batch from now on."""
+        self._prompts[request_id] = prompt
+
+    def leave(self, request_id: str) -> None:
+        self._prompts.pop(request_id, None)
+
+    # -- a pass -----------------------------------------------------------------------------------
+
+    def begin(self, batch: Sequence[Any], steered: Mapping[str, RequestState]) -> bool:
+        """A pass over ``batch`` (entries of request_id, start, row, n) begins: whether it is looked at."""
+        self.sampling = self.due and bool(batch)
+        self._passes += 1
+        self._finished = None
+        if not self.sampling:
+            return False
+        with self._guarded():
+            self._groups = np.full(max(e.row + e.n for e in batch), -1)
+            self._finished = []
+            for entry in batch:
+                state, prompt = steered.get(entry.request_id), self._prompts.get(entry.request_id)
+                if prompt is None:
+                    raise LookupError(f"request {entry.request_id} is in the batch and never entered it")
+                edited = int(state is not None and bool(state.steps))
+                first = min(max(prompt - entry.start, 0), entry.n)
+                self._groups[entry.row : entry.row + first] = edited
+                self._groups[entry.row + first : entry.row + entry.n] = 2 + edited
+                self._finished.append(entry.start + entry.n >= prompt)
+        return self.sampling
+
+    def see(self, place: Place, x: Tensor, residual: Tensor | None) -> None:
+        """The stream at ``place``, after its edits."""
+        if not self.counts or place not in self.places:
+            return
+        with self._guarded():
+            stream = stream_of(x, residual, len(self._groups))
+            if place in self._watched:
+                names, directions = self._watched[place]
+                self._watched_values.append((place.layer, names, stream @ directions.T.to(stream.device)))
+            if place not in self._streams:
+                return
+            lengths = norms(stream)
+            if place.site is Site.RESID_PRE:
+                self._entering = place.layer, stream, lengths
+                return
+            self._norms[place.layer] = lengths
+            if self._entering is not None and self._entering[0] == place.layer:
+                self._cosines[place.layer] = cosines(self._entering[1], stream, self._entering[2], lengths)
+            self._entering = None
+
+    def probed(self, resident: Resident, columns: list[int], values: Values) -> None:
+        """What probes read in this pass: [n, columns] of these reads of a plan."""
+        if self.counts:
+            with self._guarded():
+                for column, own in zip(columns, values.T, strict=True):
+                    read = resident.plan.probes[column]
+                    name = _unversioned(resident.plan.probe_names[read.probe])
+                    self._buffers.probes.add((name, read.place.layer), own)
+
+    def end(self, measured: Iterable[Measured]) -> None:
+        """The pass is over, in which these edits were measured. Does nothing unless it was looked at."""
+        if self.sampling and self.counts:
+            with self._guarded():
+                self._count(measured)
+        self.sampling = False
+        self._entering, self._norms, self._cosines, self._watched_values = None, {}, {}, []
+
+    def _count(self, measured: Iterable[Measured]) -> None:
+        kept = self._buffers
+        kept.passes += 1
+        if self._norms:
+            layers, lengths = _stacked(self._norms)
+            nobodys = self._groups < 0
+            rows = layers[:, None] * len(GROUPS) + self._groups
+            rows[:, nobodys] = -1
+            kept.norms.add(rows.ravel(), lengths.ravel())
+            kept.outliers[layers] += self._baseline.judge(layers, lengths[:, ~nobodys])
+        if self._cosines:
+            layers, found = _stacked(self._cosines)
+            rows = np.where(self._groups < 0, -1, layers[:, None])
+            kept.cosines.add(rows.ravel(), found.ravel())
+        for layer, names, read in self._watched_values:
+            values = read.cpu().numpy()[self._groups >= 0]
+            for name, own in zip(names, values.T, strict=True):
+                kept.probes.add((name, layer), own)
+        for sized in each(measured):
+            for name in _assets(sized.resident.plan.steps[sized.intervention]):
+                kept.edits.add((name, sized.place.layer), sized.values)
+        kept.edits.settle()
+        kept.probes.settle()
+
+    def gate(self, state: RequestState, index: int, masks: Masks, values: Tensor) -> None:
+        """A request's gate has been read for its rows in this pass: [n] ``values`` and the rows' ``masks``."""
+        if not self.counts:
+            return
+        gate = state.gates[index]
+        with self._guarded():
+            for i, step in enumerate(state.steps):
+                if step.gate != index:
+                    continue
+                if gate.read.per_request:
+                    decided = int(gate.open is not None and not gate.counted)
+                    opened = decided * int(bool(gate.open))
+                else:
+                    chosen = (masks >> np.uint64(i)) & np.uint64(1) == 1
+                    decided, opened = int(chosen.sum()), int(np.count_nonzero(values.numpy()[chosen]))
+                for name in _assets(step):
+                    both = self._buffers.gates[name if self._has_room(name) else OTHER]
+                    both[0] += decided
+                    both[1] += opened
+            gate.counted = gate.counted or gate.open is not None
+
+    def _has_room(self, name: str) -> bool:
+        return name in self._buffers.gates or len(self._buffers.gates) < MAX_KEYS
+
+    # -- logits -----------------------------------------------------------------------------------
+
+    def watch_logits(self, model: Any) -> None:
+        """Looks at what ``model.compute_logits`` returns first after a pass that is looked at."""
+        compute: Callable[..., Any] = model.compute_logits
+
+        @functools.wraps(compute)
+        def compute_logits(*args: Any, **kwargs: Any) -> Any:
+            logits = compute(*args, **kwargs)
+            if self._finished is not None:
+                finished, self._finished = self._finished, None
+                if self.counts and logits is not None and len(logits) == len(finished):
+                    with self._guarded():
+                        found = entropies(logits[torch.tensor(finished, device=logits.device)]).cpu().numpy()
+                        self._buffers.entropy.add(np.zeros(len(found), np.int64), found)
+            return logits
+
+        model.compute_logits = compute_logits
+
+    # -- giving away ------------------------------------------------------------------------------
+
+    def drain(self, holder: str, received: Mapping[str, int]) -> dict[str, Any]:
+        """What was counted since the last drain, or once more what ``holder`` has not got.
+
+        ``received``: the number of the last answer that reached ``holder``, by worker.
+        """
+        with self._lock:
+            sent = self._sent.pop(holder, None)
+            if sent is None or sent[0] <= received.get(self.worker, 0):
+                self._number += 1
+                buffers, self._buffers = self._buffers, _Buffers(self._layers)
+                sent = self._number, {"worker": self.worker, "number": self._number, **buffers.to_json()}
+            self._sent[holder] = sent
+            while len(self._sent) > HOLDERS:
+                self._sent.popitem(last=False)
+            return sent[1]
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except Exception:
+                self._buffers.errors += 1
+                if not self._logged:
+                    logger.exception("statistics of a pass were lost; later ones are only counted")
+                self._logged = True
+                self.sampling = False
+
+
+def _stacked(by_layer: Mapping[int, Tensor]) -> tuple[Ints, Any]:
+    """[layers], and [layers, n] their values on the host."""
+    layers = np.array(sorted(by_layer))
+    return layers, torch.stack([by_layer[int(i)] for i in layers]).cpu().numpy()
+
+
+def _unversioned(name: str) -> str:
+    """``name@version`` or, of a feature, ``name@version#index``, without the version."""
+    return re.sub(r"@[^#]*", "", name)
+
+
+def _assets(step: Step) -> tuple[str, ...]:
+    """The names of a step's assets, without their versions."""
+    return tuple(dict.fromkeys(_unversioned(a) for a in step.assets)) or ("none",)

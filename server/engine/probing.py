@@ -1,0 +1,94 @@
+"""Reading the probes of all requests in a pass: one product for each plan and place, handed out when the pass ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steersman.kernels.reference import Reduce
+from steersman.server.engine.requests import RequestState
+from steersman.server.engine.resident import Resident, Shard
+from steersman.server.engine.traces import Values
+from steersman.steering.plan import Place
+
+
+class Reader(Protocol):
+    """A request's rows in a pass."""
+
+    state: RequestState
+    start: int  # position of the first
+
+    @property
+    def rows(self) -> slice: ...
+
+
+@dataclass
+class _Plan:
+    """What one plan's probes have read in this pass, of all its requests one after another."""
+
+    resident: Resident
+    readers: list[Reader] = field(default_factory=list)
+    read: list[tuple[list[int], Tensor]] = field(default_factory=list)  # columns, [n, columns]
+    rows: slice | Tensor = field(default_factory=lambda: slice(0))
+
+
+class Probing:
+    """The probes of one pass."""
+
+    def __init__(self, readers: Sequence[Reader]) -> None:
+        plans: dict[int, _Plan] = {}
+        for reader in readers:
+            resident = reader.state.resident
+            if resident is not None and resident.plan.probes:
+                plans.setdefault(id(resident), _Plan(resident)).readers.append(reader)
+        self._plans = list(plans.values())
+        for plan in self._plans:
+            plan.rows = _joined([reader.rows for reader in plan.readers])
+
+    def read(
+        self, place: Place, x: Tensor, residual: Tensor | None, shard: Shard | None, reduce: Reduce | None
+    ) -> None:
+        """Reads one place of ``x`` [T, d] after its edits; where ranks hold a part each, their parts are added up."""
+        for plan in self._plans:
+            found = plan.resident.probes.get(place)
+            if found is None:
+                continue
+            columns, directions = found
+            own = x[plan.rows].float()
+            if residual is not None:
+                own = own + residual[plan.rows].float()
+            if shard is not None and reduce is not None:
+                values = reduce(own @ directions[:, shard.start : shard.stop].T.to(own.device))
+            else:
+                values = own @ directions.T.to(own.device)
+            plan.read.append((columns, plan.resident.plan.activated(columns, values)))
+
+    def finish(self, observe: Callable[[Resident, list[int], Values], None] | None) -> None:
+        """Gives each request its values; ``observe`` gets those of a plan's requests together, with their columns."""
+        for plan in self._plans:
+            if not plan.read:
+                continue
+            columns = [column for some, _ in plan.read for column in some]
+            values = torch.cat([v for _, v in plan.read], dim=1).float().cpu().numpy()
+            order = np.argsort(columns)
+            columns, values = [columns[i] for i in order], values[:, order]
+            if observe is not None:
+                observe(plan.resident, columns, values)
+            first = 0
+            for reader in plan.readers:
+                count = reader.rows.stop - reader.rows.start
+                reader.state.see_probes(columns, reader.start, values[first : first + count])
+                first += count
+
+
+def _joined(parts: Sequence[slice]) -> slice | Tensor:
+    """All the rows: one slice where they follow each other, else their numbers."""
+    if all(a.stop == b.start for a, b in pairwise(parts)):
+        return slice(parts[0].start, parts[-1].stop)
+    return torch.cat([torch.arange(p.start, p.stop) for p in parts])

@@ -1,0 +1,61 @@
+"""How large each edit of a pass was beside the stream, edit by edit, for those who want more than means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steersman.server.engine.layout import Work
+from steersman.server.engine.resident import Resident
+from steersman.steering.plan import Place
+
+Measured = tuple[Place, Work, Tensor, Tensor | None]
+"""A place, what was done there, [rows, n_blocks] ‖Δx‖/‖x‖, and [rows, n_gates] its gates."""
+
+
+class Sized(NamedTuple):
+    """What one intervention did to rows with the same program at one place."""
+
+    resident: Resident
+    place: Place
+    intervention: int
+    rows: NDArray[np.int64]  # [n] of the batch, those whose gate was open
+    values: NDArray[np.float32]  # [n] ‖Δx‖/‖x‖
+
+
+def each(measured: Iterable[Measured]) -> Iterator[Sized]:
+    for place, work, relative, gates in measured:
+        values = relative.cpu().numpy()
+        opened = None if gates is None else gates.cpu().numpy() > 0
+        for group, mine in work.slices():
+            for column, block in enumerate(group.program.blocks):
+                rows, own = group.rows.numpy(), values[mine, column]
+                if opened is not None and block.gate >= 0:
+                    through = opened[mine, block.gate]
+                    rows, own = rows[through], own[through]
+                if len(rows):
+                    yield Sized(group.resident, place, block.intervention, rows, own)
+
+
+def trace(measured: Sequence[Measured], owners: Sequence[Any]) -> None:
+    """Gives the requests that keep every token the sizes of their own. ``owners``: with state, row, count and start."""
+    keeping = [o for o in owners if o.state.sizes is not None]
+    if not keeping:
+        return
+    tables = [np.full((o.count, o.state.sizes.columns), np.nan, np.float32) for o in keeping]
+    starts = np.array([o.row for o in keeping])
+    ends = np.array([o.row + o.count for o in keeping])
+    for sized in each(measured):
+        whose = np.searchsorted(ends, sized.rows, side="right")
+        inside = whose < len(keeping)
+        inside[inside] = sized.rows[inside] >= starts[whose[inside]]
+        for i in np.unique(whose[inside]):
+            mine = inside & (whose == i)
+            column = keeping[i].state.size_columns[sized.intervention, sized.place.layer]
+            tables[i][sized.rows[mine] - starts[i], column] = sized.values[mine]
+    for owner, table in zip(keeping, tables, strict=True):
+        owner.state.sizes.see(owner.start, table)
