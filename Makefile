@@ -15,6 +15,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 
 CONSTRAINTS := $(wildcard constraints/$(ENGINE).txt)
 PIP_INSTALL = -m pip install --progress-bar off $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# What the tests drive the server with and whose own bounds on others' versions are too narrow.
+ALONE := openpi-client==0.1.2
 INSTALLED = $(VENV)/.installed-$(ENGINE)
 
 .DEFAULT_GOAL := help
@@ -32,6 +34,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@rm -f $(VENV)/.installed-*
 	$(PY) $(PIP_INSTALL) $(addprefix -c ,$(CONSTRAINTS)) -e '.[$(ENGINE),dev]' || { echo; \
 		echo "If pip found no torch==...+cpu: make install TORCH_INDEX=<PyTorch's index of CPU wheels>"; exit 1; }
+	$(PY) $(PIP_INSTALL) --no-deps $(ALONE)
 	@echo "== Mending the environment, and looking it over"
 	$(PY) -m steersman.server.environment --mend
 	@touch $@

@@ -12,6 +12,9 @@ the ``steering`` field is added to its requests.
 With ``--monitor`` both servers are Steersman's: one with statistics of every layer and eight probes read for all
 requests, the other with ``--steering-monitor off``; no request is steered.
 
+On a CPU each engine computes on the first core, which nothing else uses; the rest of both servers, and the client, have
+the other cores.
+
 A shape is a model with random weights (:mod:`benchmarks.shapes`). On a GPU both servers are in vLLM's default mode:
 compiled, with CUDA graphs; on a CPU both run eagerly unless ``--compiled`` is said.
 """
@@ -43,6 +46,8 @@ from rich.table import Table
 from tests.e2e.server import Server, serve
 
 NAME = "bench"
+CORES = sorted(os.sched_getaffinity(0))
+FIRST = CORES[0]
 PLANS = 16
 MANY = 256
 MONITORED = ["--steering-monitor-probes", ",".join(f"bench-{i}" for i in range(8))]
@@ -136,6 +141,10 @@ def _options(args: argparse.Namespace) -> list[str]:
     if torch.cuda.is_available():
         return [*common, "--gpu-memory-utilization", str(args.memory)]
     return [*common, "--no-enforce-eager" if args.compiled else "--enforce-eager"]
+
+
+def _variables() -> dict[str, str]:
+    return {} if torch.cuda.is_available() else {"VLLM_CPU_OMP_THREADS_BIND": str(FIRST)}
 
 
 def table(results: Mapping[str, Any], goals: Mapping[str, float]) -> Table:
@@ -234,7 +243,8 @@ def _stock(args: Any, tmp: Path) -> Iterator[Server]:
     """vLLM's own server, with no plugin loaded."""
     tmp.mkdir()
     module = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(args.model)]
-    with serve(args.model, tmp, _options(args), {"VLLM_PLUGINS": "none"}, NAME, command=module) as server:
+    variables = {"VLLM_PLUGINS": "none", **_variables()}
+    with serve(args.model, tmp, _options(args), variables, NAME, command=module) as server:
         yield server
 
 
@@ -258,6 +268,8 @@ def upload(server: Server) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        os.sched_setaffinity(0, CORES[1:] or CORES)  # the servers inherit it
     torch.set_num_threads(1)  # the client's own threads would fight the servers' for the cores
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     main()

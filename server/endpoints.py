@@ -17,13 +17,14 @@ from fastapi.responses import Response
 
 from steersman.server import answers, guard, inventory
 from steersman.server.engine.frontend import Frontend
+from steersman.server.live.feed import Feed
 from steersman.server.metrics import Metrics
 from steersman.server.monitoring import LayerMetrics, Monitoring
 from steersman.server.policies import catalogue
 from steersman.server.policies.policy import Policy
 from steersman.server.policies.robots import Robots
 from steersman.server.reports import Reports
-from steersman.server.routes import actions, assets, openai, openpi, steering
+from steersman.server.routes import actions, assets, live, openai, openpi, steering
 from steersman.server.settings import Settings
 from steersman.server.state import SteeringState, state_of
 from steersman.steering.errors import SteeringError, StoreError
@@ -39,7 +40,7 @@ class SteeringEndpoints:
         settings = Settings.from_env()
         app.add_middleware(guard.Guard, limit=settings.max_body_mb * 2**20)
         app.add_exception_handler(SteeringError, _answer)
-        for module in (openai, steering, assets, actions, openpi):
+        for module in (openai, steering, assets, actions, openpi, live):
             module.attach(app)
         app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
 
@@ -52,7 +53,11 @@ class SteeringEndpoints:
         state.steersman_robots = Robots(state.steersman, _policy(frontend, engine_client), engine_client)
         state.steersman.counting = asyncio.create_task(inventory.watch(state.steersman))
         if frontend.settings.monitor == "on":
-            monitoring = Monitoring(frontend, LayerMetrics(), frontend.settings.monitor_interval)
+            settings, model = frontend.settings, frontend.model
+            about = {"model": model.name, "layers": model.n_layers, "every": settings.monitor_every}
+            state.steersman.live = Feed(about, settings.monitor_interval)
+            counted = LayerMetrics(layers=model.n_layers)
+            monitoring = Monitoring(frontend, counted, settings.monitor_interval, state.steersman.live)
             state.steersman.watching = asyncio.create_task(monitoring.watch())
 
 

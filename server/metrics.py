@@ -1,7 +1,8 @@
 """Prometheus metrics of steered requests and of the store, in vLLM's own ``/metrics``.
 
 Label values are outcomes, error codes and kinds from fixed lists, and the names of stored assets, at most
-``MAX_ASSETS`` of them. Where several HTTP processes serve one port, Prometheus adds their counters up and takes the
+``MAX_ASSETS`` of them. Counters by a fixed list are there from the start, at 0: Prometheus takes a counter's first value
+for where it began, so that a first error would not show in a rate. Where several HTTP processes serve one port, Prometheus adds their counters up and takes the
 gauge that was set last.
 """
 
@@ -15,9 +16,19 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 from steersman.server.reports import Overdose
 from steersman.steering.assets import KINDS
-from steersman.steering.errors import SteeringError, StoreError
+from steersman.steering.errors import (
+    AssetCorrupt,
+    AssetExists,
+    AssetInUse,
+    SteeringError,
+    StoreError,
+    StoreUnavailable,
+    UnknownAsset,
+)
 from steersman.steering.plan import Plan
 
+OUTCOMES = ("steered", "refused", "failed", "cancelled")
+REASONS = tuple(error.code for error in (UnknownAsset, AssetExists, AssetInUse, AssetCorrupt, StoreUnavailable))
 MAX_ASSETS = 200
 OTHER = "other"
 BUILD_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -49,6 +60,10 @@ class Metrics:
             registry=registry,
         )
         self._assets: set[str] = set()
+        for outcome in OUTCOMES:
+            self.requests.labels(outcome)
+        for reason in REASONS:
+            self.store_errors.labels(reason)
 
     def count(self, outcome: str) -> None:
         """steered, refused (4xx), failed (5xx) or cancelled (the client has gone)."""
@@ -75,9 +90,11 @@ class Metrics:
                 self.edited.labels(self._label(asset.partition("@")[0])).inc(done["tokens"])
 
     def overdosed(self, plan: Plan, found: Iterable[Overdose], action: str) -> None:
-        for one in found:
-            for asset in plan.steps[one.index].assets or ("none",):
-                self.dosage.labels(self._label(asset.partition("@")[0]), action).inc(one.tokens)
+        """Of a plan that was served under a limit; what it did not exceed counts 0."""
+        over = {one.index: one.tokens for one in found}
+        for i, step in enumerate(plan.steps):
+            for asset in step.assets or ("none",):
+                self.dosage.labels(self._label(asset.partition("@")[0]), action).inc(over.get(i, 0))
 
     def store_failed(self, error: StoreError) -> None:
         self.store_errors.labels(error.code).inc()

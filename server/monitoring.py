@@ -25,6 +25,7 @@ from steersman.kernels.statistics import COSINE_BOUNDS, ENTROPY_BOUNDS, NORM_BOU
 from steersman.server.engine.frontend import Frontend
 from steersman.server.engine.monitor import GROUPS, OTHER
 from steersman.server.histograms import PreBucketed
+from steersman.server.live.feed import Feed
 from steersman.steering import spec
 from steersman.steering.errors import SiteUnsupported, SteeringError
 from steersman.steering.plan import Plan
@@ -39,7 +40,9 @@ TICK = 1.0  # seconds between two looks at how long the workers have not answere
 class LayerMetrics:
     """The metrics that workers' statistics go into."""
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(self, registry: CollectorRegistry = REGISTRY, layers: int = 0) -> None:
+        """``layers``: of the model; their outliers count from 0."""
+
         def histogram(name: str, help: str, bounds: tuple[float, ...], *labels: str) -> PreBucketed:
             return PreBucketed(f"steersman_{name}", help, labels, buckets=bounds, registry=registry)
 
@@ -76,6 +79,8 @@ class LayerMetrics:
         self.errors = counter("monitor_errors", "Errors that cost statistics.")
         self.lag = gauge("monitor_lag_seconds", "Time since every worker's statistics were read.", "livemax")
         self._names: dict[PreBucketed | Counter, set[str]] = {}
+        for layer in range(layers):
+            self.outliers.labels(str(layer))
 
     def take(self, answer: Mapping[str, Any]) -> None:
         """Adds one worker's statistics."""
@@ -113,11 +118,12 @@ class LayerMetrics:
 class Monitoring:
     """Reads the statistics of every worker that this process reaches, as long as it runs."""
 
-    def __init__(self, frontend: Frontend, metrics: LayerMetrics, interval: float) -> None:
+    def __init__(self, frontend: Frontend, metrics: LayerMetrics, interval: float, live: Feed | None = None) -> None:
         self._watched = ""  # the id of the plan of probes that the workers read for all requests
         self._refused = ""  # why they do not read the one that is asked for
         self.frontend = frontend
         self.metrics = metrics
+        self.live = live  # gets the same statistics
         self.interval = interval
         self._received: dict[str, int] = {}  # by worker, the number of the last answer that arrived
         self._read = time.monotonic()  # everything counted until then has been read
@@ -153,6 +159,8 @@ class Monitoring:
             if answer["number"] > self._received.get(answer["worker"], 0):
                 self._received[answer["worker"]] = answer["number"]
                 self.metrics.take(answer)
+                if self.live is not None:
+                    self.live.take(answer)
 
     async def _watch_probes(self) -> None:
         """Tells the workers which vectors to read for all requests, as the store has them now."""
@@ -178,12 +186,17 @@ class Monitoring:
         return plan
 
     def show_lag(self) -> None:
-        self.metrics.lag.set(time.monotonic() - self._read)
+        lag = time.monotonic() - self._read
+        self.metrics.lag.set(lag)
+        if self.live is not None:
+            self.live.late(lag)
 
     def _note(self, call: asyncio.Future[None], asked: float) -> None:
         error = asyncio.CancelledError() if call.cancelled() else call.exception()
         if error is None:
             self._read, self._failing = asked, False
+            if self.live is not None:
+                self.live.publish()
         elif not self._failing:
             self._failing = True
             logger.error("the workers' statistics could not be read: %s", error or type(error).__name__)

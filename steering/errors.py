@@ -24,7 +24,7 @@
     ├── PayloadTooLarge               413  payload_too_large       a body or an inline tensor over its limit
     ├── RateLimited                   429  rate_limited            a robot sends observations faster than it may
     ├── PolicyUnavailable             501  policy_unavailable      the served model is no robot policy
-    ├── TooManySessions               503  too_many_sessions       as many robots are connected as may be
+    ├── TooManySessions               503  too_many_sessions       as many robots or viewers are there as may be
     ├── FormatUnavailable             501  format_unavailable      the library that reads the format is not installed
     ├── StoreError                    (abstract)
     │   ├── UnknownAsset              404  asset_not_found         no such name or version

@@ -302,7 +302,7 @@ class Monitor:
                 finished, self._finished = self._finished, None
                 if self.counts and logits is not None and len(logits) == len(finished):
                     with self._guarded():
-                        found = entropies(logits[torch.tensor(finished, device=logits.device)]).cpu().numpy()
+                        found = entropies(logits if all(finished) else logits[torch.tensor(finished)]).cpu().numpy()
                         self._buffers.entropy.add(np.zeros(len(found), np.int64), found)
             return logits
 

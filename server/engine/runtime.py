@@ -168,8 +168,11 @@ class Runtime:
 
     def needs_host(self, request_ids: Iterable[str]) -> bool:
         """Whether a pass with these requests needs the host between its layers, so that no graph can stand for it."""
-        states = (self.requests.get(i) for i in request_ids) if self.requests else ()
-        return any(s is not None and s.resident is not None and (s.whole or not s.resident.on_device) for s in states)
+        if self.monitor is not None and self.monitor.due:
+            return True
+        states = [s for i in request_ids if (s := self.requests.get(i)) is not None] if self.requests else []
+        measured = self.dosage is not None
+        return any(s.resident is not None and (measured or s.whole or not s.resident.on_device) for s in states)
 
     @contextmanager
     def capturing(self, sites: Collection[Site]) -> Iterator[None]:

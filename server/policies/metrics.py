@@ -10,6 +10,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 
 from steersman.steering.errors import SteeringError
 
+OUTCOMES = ("ok", "refused", "failed", "cancelled")
 SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -35,6 +36,8 @@ class ActionMetrics:
             ["policy"],
             registry=registry,
         )
+        for outcome in OUTCOMES:  # 0, not missing, until the first
+            self._actions.labels(policy, outcome)
         self._seconds.labels(policy)
         self._saturation.labels(policy)
 

@@ -25,9 +25,10 @@ class Served:
         """What the answer says. Raises EngineUnsteered when the edits were not made as asked."""
         raw = await self.state.reports.fetch(self.ticket)
         settings, plan = self.state.settings, self.ticket.plan
-        self.state.metrics.overdosed(plan, overdoses(raw), settings.dosage)
-        if settings.dosage == "refuse" and settings.max_relative_norm is not None:
-            refuse_overdose(plan, raw, settings.max_relative_norm)
+        if settings.max_relative_norm is not None:
+            self.state.metrics.overdosed(plan, overdoses(raw), settings.dosage)
+            if settings.dosage == "refuse":
+                refuse_overdose(plan, raw, settings.max_relative_norm)
         report = block(self.ticket, raw, self.detail)
         self.state.metrics.observe(plan, report)
         return {"plan": report["plan"]} if self.detail == "none" else report

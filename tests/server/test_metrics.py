@@ -4,7 +4,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from steersman.server.metrics import MAX_ASSETS, OTHER, Metrics
-from steersman.steering.errors import EngineUnsteered, StoreUnavailable, UnknownAsset
+from steersman.server.reports import Overdose
+from steersman.steering.errors import EngineUnsteered, SteeringError, StoreError, StoreUnavailable, UnknownAsset
 from tests.server.fakes import raw_report
 from tests.steering.library import inline, noise, plan_of, resolve, vector
 
@@ -52,7 +53,31 @@ def test_a_request_that_ends_in_an_error_is_counted_once(
         raise error
     outcomes = ("steered", "refused", "failed", "cancelled")
     found = {o: registry.get_sample_value("steersman_requests_total", {"outcome": o}) for o in outcomes}
-    assert found == {**dict.fromkeys(outcomes), outcome: 1.0}
+    assert found == {**dict.fromkeys(outcomes, 0.0), outcome: 1.0}
+
+
+def test_counters_by_a_fixed_list_begin_at_zero(registry: CollectorRegistry, metrics: Metrics) -> None:
+    found = {
+        (s.name, *s.labels.values()): s.value
+        for family in registry.collect() for s in family.samples if s.name.endswith("_total")
+    }  # fmt: skip
+    reasons = [error.code for error in leaves(StoreError)]
+    assert found == {
+        **{("steersman_requests_total", outcome): 0.0 for outcome in ("steered", "refused", "failed", "cancelled")},
+        **{("steersman_store_errors_total", reason): 0.0 for reason in reasons},
+    }
+
+
+def leaves(error: type[SteeringError]) -> list[type[SteeringError]]:
+    return [leaf for below in error.__subclasses__() for leaf in leaves(below)] or [error]
+
+
+def test_assets_within_the_limit_count_zero(registry: CollectorRegistry, metrics: Metrics) -> None:
+    edits = [{"op": "add", "vector": name} for name in ("v", "w")]
+    plan = resolve({"interventions": edits}, vector("v", noise(1, 8), [1]), vector("w", noise(1, 8), [1]))
+    metrics.overdosed(plan, [Overdose(1, 5, 1, 0.9)], "cap")
+    found = {a: registry.get_sample_value("steersman_dosage_limited_total", {"asset": a, "action": "cap"}) for a in "vw"}
+    assert found == {"v": 0.0, "w": 5.0}
 
 
 def test_edited_tokens_are_counted_by_name_without_the_version(registry: CollectorRegistry, metrics: Metrics) -> None:

@@ -86,6 +86,13 @@ def test_what_a_worker_says_is_what_is_shown(registry: CollectorRegistry, metric
         assert f"steersman_{line}\n" in text, line
 
 
+def test_outliers_of_every_layer_begin_at_zero() -> None:
+    registry = CollectorRegistry()
+    LayerMetrics(registry, layers=3)
+    found = [registry.get_sample_value("steersman_norm_outliers_total", {"layer": str(i)}) for i in range(4)]
+    assert found == [0.0, 0.0, 0.0, None]
+
+
 def test_a_workers_own_words_are_understood(registry: CollectorRegistry, metrics: LayerMetrics) -> None:
     worker = Monitor(2, 1)
     worker.enter("r", 1)

@@ -8,6 +8,7 @@ import torch
 
 from steersman.server.engine import runtime as module
 from steersman.server.engine.device import DevicePlans
+from steersman.server.engine.monitor import Monitor
 from steersman.server.engine.runtime import Runtime
 from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import Site
@@ -125,6 +126,10 @@ def test_only_plans_that_need_no_host_can_be_replayed() -> None:
     assert not runtime.needs_host(["add", "unknown"])
     assert runtime.needs_host(["add", "token-gate"])
     assert Runtime().needs_host([]) is False
+    runtime.monitor = Monitor(LAYERS, every=3)
+    for due in (False, False, True):
+        assert runtime.needs_host(["add"]) is due
+        toy.run(Piece("add", 0, PROMPT[:1]))
 
 
 def test_plans_make_room_for_each_other_least_recently_used_first() -> None:
