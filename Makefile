@@ -74,6 +74,8 @@ gpu: test-gpu ## all that needs a CUDA GPU: its tests, the kernels, three models
 	$(PY) -m benchmarks.kernels
 	set -e; for shape in $(SHAPES); do for n in 1 8 64 256; do $(PY) -m benchmarks.serving --shape $$shape \
 		--concurrency $$n --prompts $$((4 * n)) --output-len 128 --name serving_$${shape}_$$n; done; done
+	$(PY) -m benchmarks.serving --shape llama-3.1-8b --concurrency 1 --prompts 8 --input-len 8000 --output-len 2 \
+		--name serving_llama-3.1-8b_prompt
 	$(PY) -m benchmarks.report
 
 lint: install ## ruff and mypy

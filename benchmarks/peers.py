@@ -150,7 +150,10 @@ def main() -> None:
     folder, console = fetch(), Console()
     with ExitStack() as stack:
         tmp = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        serving = SimpleNamespace(model=folder, concurrency=max(args.batches), shape=None, compiled=False, memory=0.4)
+        serving = SimpleNamespace(
+            model=folder, concurrency=max(args.batches), input_len=64, output_len=args.new,
+            shape=None, compiled=False, memory=0.4,
+        )  # fmt: skip
         server = stack.enter_context(serve_ours(serving, tmp / "ours"))
         upload(server)
         generation = Generation(folder, args.new)

@@ -35,14 +35,20 @@ def page(folder: Path = RESULTS) -> str:
 
 def _serving(name: str, found: Mapping[str, Any]) -> str:
     s = found["settings"]
+    options = "".join(
+        f" --{o}" if value is True else f" --{o} {value}"
+        for o in ("shape", "compiled", "monitor")
+        if (value := s.get(o))
+    )
     about = (
-        f"`python -m benchmarks.serving --name {name}`: {found['model']} on {_machine(found)}, {s['pairs']} pairs, "
-        f"{s['prompts']} requests of {s['input_len']} + {s['output_len']} tokens, {s['concurrency']} at once."
+        f"`python -m benchmarks.serving{options} --name {name}`: {found['model']} on {_machine(found)}, "
+        f"{s['pairs']} pairs, {s['prompts']} requests of {s['input_len']} + {s['output_len']} tokens, {s['concurrency']} at once."
     )
     figures = ("output_throughput", "median_itl_ms", "p99_itl_ms", "median_ttft_ms")
     rows = [[case, *(_spread(r[f]) for f in figures)] for case, r in found["cases"].items()]
     heads = ("case", "output tokens/s", "inter-token latency, median", "p99", "time to first token")
-    return f"## Against stock vLLM: {found['model']}\n\n{about}\n\n{_table(heads, rows)}"
+    beside = "Statistics, against a server without" if s.get("monitor") else "Against stock vLLM"
+    return f"## {beside}: {found['model']}\n\n{about}\n\n{_table(heads, rows)}"
 
 
 def _peers(found: Mapping[str, Any]) -> str:

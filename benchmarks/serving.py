@@ -113,8 +113,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tmp = Path(scratch)
         args.model = args.model or (checkpoint(args.shape, tmp) if args.shape else _smollm2())
-        baseline = serve_ours(args, tmp / "off", UNMONITORED) if args.monitor else _stock(args, tmp / "stock")
-        with baseline as stock, serve_ours(args, tmp / "ours", MONITORED if args.monitor else ()) as ours:
+        beside = tmp / "beside"
+        baseline = serve_ours(args, beside, UNMONITORED, _variables()) if args.monitor else _stock(args, beside)
+        with baseline as stock, serve_ours(args, tmp / "ours", MONITORED if args.monitor else (), _variables()) as ours:
             every = cases(upload(ours))
             if args.monitor:
                 every = {"monitor": [None]}
@@ -135,7 +136,9 @@ def _smollm2() -> Path:
 
 
 def _options(args: argparse.Namespace) -> list[str]:
-    common = ["--max-model-len", "2048", "--max-num-seqs", str(max(64, args.concurrency)), "--no-enable-prefix-caching"]
+    longest = max(2048, args.input_len + args.output_len + 64)
+    common = ["--max-model-len", str(longest), "--max-num-seqs", str(max(64, args.concurrency))]
+    common += ["--no-enable-prefix-caching"]  # else a case's prompts are there from the case before
     if args.shape:
         common += ["--load-format", "dummy"]
     if torch.cuda.is_available():
@@ -231,10 +234,12 @@ def _summary(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def serve_ours(args: Any, tmp: Path, more: Sequence[str] = ()) -> Iterator[Server]:
+def serve_ours(
+    args: Any, tmp: Path, more: Sequence[str] = (), variables: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """``args``: the command line's. ``more``: further options."""
     tmp.mkdir()
-    with serve(args.model, tmp, [*_options(args), *more], name=NAME) as server:
+    with serve(args.model, tmp, [*_options(args), *more], variables, NAME) as server:
         yield server
 
 

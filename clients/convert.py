@@ -61,7 +61,8 @@ def from_torch(path: Path, fields: Mapping[str, Any]) -> Asset:
         return from_direction({"dir": saved}, "tensor", fields)
     if isinstance(saved, dict) and "dir" in saved and set(saved) <= {"dir", "avg_proj"}:
         return from_direction(saved, "vllm-hook", fields)
-    if isinstance(saved, dict) and (config := path.parent / "config.json").is_file():
+    state = isinstance(saved, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in saved.items())
+    if state and (config := path.parent / "config.json").is_file():
         stated = {"format": "dictionary_learning", "config": native.loads(config.read_bytes(), "config")}
         return saes.to_asset(saved, {**stated, **fields})
     raise UploadMalformed(
@@ -85,6 +86,8 @@ def from_steering_vectors(saved: pickles.SteeringVectorFile, fields: Mapping[str
         layer = key + model.n_layers if type(key) is int and key < 0 else key
         if type(layer) is not int or layer < 0 or layer in rows:
             raise UploadMalformed(f"layer_activations: {str(key)[:64]!r} is no layer, or one given twice", "file")
+        if layer >= model.n_layers:
+            raise LayerOutOfRange(f"layer {layer} does not exist: {model.id} has {model.n_layers} layers", "file")
         rows[layer] = _vector(row, f"layer_activations[{layer}]")
     layers, vectors = stack(rows)
     provenance = {"format": "steering-vectors", "layer_type": saved.layer_type}

@@ -24,6 +24,7 @@ from steersman.steering.errors import PayloadTooLarge, UploadMalformed
 MAX_BYTES: Final = 4 * 2**30  # of the file
 MAX_PICKLE: Final = 2**20  # bytes of instructions; numbers lie beside them, but for a numpy array's
 MAX_MEMBERS: Final = 65536
+_PACKED: Final = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # bzip2 and LZMA unpack a block whole, whatever its size
 _FLOATS: Final = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64}
 
 
@@ -116,7 +117,10 @@ def _check(path: Path) -> None:
         members = archive.infolist()
         if len(members) > MAX_MEMBERS or sum(member.file_size for member in members) > path.stat().st_size:
             raise UploadMalformed("not a torch file: its members claim more than it holds", "file")
-        pickles = [member for member in members if member.filename.endswith(".pkl")]
+        if any(member.compress_type not in _PACKED for member in members):
+            raise UploadMalformed("not a torch file: it is packed in a way that torch does not write", "file")
+        # torch finds a member whatever its letters' case
+        pickles = [member for member in members if member.filename.lower().endswith(".pkl")]
         if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
             raise UploadMalformed("not a torch file of a vector: wanted is one pickle of at most 1 MiB", "file")
         instructions = archive.read(pickles[0])

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from socket import SHUT_RDWR
+from threading import Event, Timer
 from typing import Any, Self
 from urllib.parse import urlencode
 
@@ -42,7 +44,7 @@ class HttpRobot:
         timeout: float = 5.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        """``timeout``: seconds for one action."""
+        """``timeout``: seconds for each of connecting, sending and waiting."""
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(base_url=base_url, headers=headers, timeout=timeout, transport=transport)
 
@@ -95,7 +97,10 @@ class SocketRobot:
         steering: Mapping[str, Any] | None = None,
         unnorm_key: str | None = None,
     ) -> None:
-        """``timeout``: seconds for one action. Raises SteersmanError where the server refuses the connection."""
+        """``timeout``: seconds for one action, from sending to the answer, and for connecting and for closing.
+
+        Raises SteersmanError where the server refuses the connection.
+        """
         query = {"steering": json.dumps(steering)} if steering is not None else {}
         if unnorm_key is not None:
             query["unnorm_key"] = unnorm_key
@@ -105,16 +110,21 @@ class SocketRobot:
         try:
             self._socket = self._open.enter_context(
                 connect(
-                    f"{url}/?{urlencode(query)}" if query else url,
+                    f"{url.rstrip('/')}/?{urlencode(query)}",
                     additional_headers=headers,
                     compression=None,
                     max_size=None,
                     open_timeout=timeout,
+                    close_timeout=timeout,
                 )
             )
         except InvalidStatus as error:
             raise _refused(error.response.status_code, bytes(error.response.body or b"")) from None
-        self.metadata: dict[str, Any] = self._receive()
+        try:
+            self.metadata: dict[str, Any] = self._exchange(None)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -131,24 +141,38 @@ class SocketRobot:
         Raises TimeoutError when the deadline passes; the connection is closed then, as the late answer would be taken
         for the next one's.
         """
-        self._socket.send(arrays.pack(dict(observation)))
-        about = self._receive()
+        about = self._exchange(dict(observation))
         return Actions(np.array(about.pop("actions"), np.float64), about)
 
     def session(self, **defaults: Any) -> dict[str, Any]:
         """Sets ``steering`` or ``unnorm_key`` for the observations to come; None takes them back. What holds now."""
-        self._socket.send(arrays.pack({"session": defaults}))
-        found: dict[str, Any] = self._receive()["session"]
+        found: dict[str, Any] = self._exchange({"session": defaults})["session"]
         return found
 
-    def _receive(self) -> dict[str, Any]:
+    def _exchange(self, message: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Sends, where there is a message, and waits for the answer, both within one deadline."""
+        expired, frame = Event(), None
+
+        def cut() -> None:  # sending has no deadline of its own, and a handshake of closing might have none to shake
+            expired.set()
+            with suppress(OSError):
+                self._socket.socket.shutdown(SHUT_RDWR)
+
+        timer = Timer(self._timeout, cut)
+        timer.daemon = True
+        timer.start()
         try:
-            frame = self._socket.recv(self._timeout)
-        except TimeoutError:
-            self.close()
-            raise
+            if message is not None:
+                self._socket.send(arrays.pack(message))
+            frame = self._socket.recv()
         except ConnectionClosed as error:
-            raise SteersmanError(0, f"the server has closed the connection: {error}") from None
+            if not expired.is_set():
+                raise SteersmanError(0, f"the server has closed the connection: {error}") from None
+        finally:
+            timer.cancel()
+        if frame is None or expired.is_set():
+            self.close()
+            raise TimeoutError(f"no answer within {self._timeout:g} seconds")
         if isinstance(frame, str):
             raise _refused(0, frame.encode())
         found: dict[str, Any] = arrays.unpack(frame)

@@ -1,9 +1,9 @@
 """Prometheus metrics of steered requests and of the store, in vLLM's own ``/metrics``.
 
 Label values are outcomes, error codes and kinds from fixed lists, and the names of stored assets, at most
-``MAX_ASSETS`` of them. Counters by a fixed list are there from the start, at 0: Prometheus takes a counter's first value
-for where it began, so that a first error would not show in a rate. Where several HTTP processes serve one port, Prometheus adds their counters up and takes the
-gauge that was set last.
+``MAX_ASSETS`` of them. Counters by a fixed list are there from the start, at 0: Prometheus takes the first value it
+sees for where a counter began, and a first error would not show in a rate. Where several HTTP processes serve one
+port, Prometheus adds their counters up and takes the gauge that was set last.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Settings:
     plan_memory_mb: int = _option(1024, "memory for resident plans, MiB")
     max_body_mb: int = _option(64, "largest request body, MiB")
     monitor: str = _option("on", "statistics of every layer in /metrics: on or off")
-    monitor_sample: str = _option("1/32", "share of the forward passes that statistics look at: 1/N or a fraction")
+    monitor_sample: str = _option("auto", "share of the forward passes that statistics look at: 1/N or a fraction")
     monitor_interval: float = _option(2.0, "seconds between two readings of the workers' statistics")
     monitor_probes: str = _option("", "stored vectors that statistics read in all requests, comma-separated")
     max_relative_norm: float | None = _option(None, "largest edit beside the stream, ‖Δx‖/‖x‖ at one token and place")
@@ -74,9 +74,11 @@ class Settings:
         self.hooked_sites  # noqa: B018 - raises for an unknown site
 
     @property
-    def monitor_every(self) -> int:
-        """N: statistics look at every N-th forward pass."""
-        bad = ValueError(f"--steering-monitor-sample must be 1/N or a fraction up to 1, not {self.monitor_sample!r}")
+    def monitor_every(self) -> int | None:
+        """N: statistics look at every N-th forward pass; None: the worker decides."""
+        if self.monitor_sample == "auto":
+            return None
+        bad = ValueError(f"--steering-monitor-sample must be auto, 1/N or a fraction up to 1, not {self.monitor_sample!r}")
         try:
             share = Fraction(self.monitor_sample)
         except (ValueError, ZeroDivisionError):

@@ -383,6 +383,8 @@ class Asset:
         for name in self.tensors:
             if not all(torch.isfinite(part).all() for part in _parts(self.tensors, name)):
                 raise NonFinite(f"{name} holds NaN or infinity", f"tensors.{name}")
+        if "label_ends" in self.tensors:
+            _check_label_ends(self.tensors["label_ends"], self.shapes["labels"][0])
         if not self.sha256:
             object.__setattr__(self, "sha256", content_sha256(dump_metadata(self.meta), self.tensors))
 
@@ -434,6 +436,13 @@ def _parts(tensors: Mapping[str, torch.Tensor], name: str) -> Iterator[torch.Ten
         yield from tensors.chunks(name)
     else:
         yield tensors[name]
+
+
+def _check_label_ends(ends: torch.Tensor, length: int) -> None:
+    """Each label ends where the one before it ends or later, the last one with the text."""
+    steps = torch.diff(ends, prepend=torch.zeros(1, dtype=ends.dtype))
+    if (steps < 0).any() or int(ends[-1]) != length:
+        raise InvalidRequest(f"must not decrease, and end at {length}, the length of labels", "tensors.label_ends")
 
 
 def _names(shapes: Shapes, wanted: tuple[str, ...]) -> None:

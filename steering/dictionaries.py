@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from steersman.steering.assets import Asset, DictionaryMeta
-from steersman.steering.errors import FeatureUnreadable, OutOfRange
+from steersman.steering.errors import AssetCorrupt, FeatureUnreadable, NonFinite, OutOfRange
 from steersman.steering.rows import take
 
 _ROWS = 4096  # features whose encoder is in memory at once
+_LARGEST = 1e18  # of an encoder's row: dot products and their squares stay within float32
 _ADD = 'mode "add" without only_if_active'
 
 
@@ -55,10 +56,13 @@ def check_indices(asset: Asset, indices: Sequence[int]) -> None:
 
 
 def reads(asset: Asset, indices: Sequence[int]) -> Reads:
-    """The encoders of some features; `FeatureUnreadable` where one row of the encoder is not enough."""
+    """The encoders of some features; `FeatureUnreadable` where one row of the encoder is not enough.
+
+    `NonFinite` where a number is beyond float32 once the biases, gains and scales are folded in.
+    """
     meta = dictionary(asset)
     _refuse_unreadable(asset, meta)
-    rows = {name: take(asset.tensors, name, indices).double() for name in asset.tensors if name in _PER_FEATURE}
+    rows = {name: _rows(asset, name, indices) for name in asset.tensors if name in _PER_FEATURE}
     direction, threshold = rows["encoder"], torch.full((len(indices),), -torch.inf, dtype=torch.float64)
     before = torch.zeros(len(indices), dtype=torch.float64)  # encoder·b_dec
     if meta.apply_b_dec_to_input:
@@ -72,24 +76,35 @@ def reads(asset: Asset, indices: Sequence[int]) -> Reads:
         bias = rows["b_enc"] - before
         if meta.architecture != "linear":
             threshold = rows.get("threshold", torch.zeros_like(bias)).clamp_min(0)
-    return Reads((direction * meta.input_scale).float(), bias.float(), threshold.float())
+    found = Reads((direction * meta.input_scale).float(), bias.float(), threshold.float())
+    if (
+        not all((part.abs() <= _LARGEST).all() for part in (found.direction, found.bias))
+        or found.threshold.max() > _LARGEST
+    ):
+        raise NonFinite(f"{asset.ref}: with its gains and scales, the encoder of a feature is beyond {_LARGEST:g}")
+    return found
 
 
 def writes(asset: Asset, indices: Sequence[int]) -> Tensor:
     """[k, d_out] float32: by how much x moves when a feature's activation grows by one.
 
-    For `constant_norm_rescale` it is in units of ‖x‖.
+    In units of ‖x‖ where `writes_by_norm`.
     """
     meta = dictionary(asset)
-    rows = take(asset.tensors, "decoder", indices).double() / meta.input_scale
-    if meta.normalize == "layer_norm":
+    rows = _rows(asset, "decoder", indices) / meta.input_scale
+    if meta.normalize == "layer_norm" and meta.read_site is None:
         raise FeatureUnreadable(
             f"{asset.ref} normalises each token by its mean and deviation, which no edit here does; "
             'use op "add" with the direction of the feature as a vector'
         )
-    if meta.normalize == "constant_norm_rescale":
+    if writes_by_norm(meta):
         rows = rows / rows.shape[1] ** 0.5
     return rows.float()
+
+
+def writes_by_norm(meta: DictionaryMeta) -> bool:
+    """Whether what a feature writes grows with ‖x‖. A transcoder's does not: only what it reads is normalised."""
+    return meta.normalize == "constant_norm_rescale" and meta.read_site is None
 
 
 def encode(asset: Asset, x: Tensor) -> Tensor:
@@ -125,11 +140,24 @@ def decode(asset: Asset, activations: Tensor, x: Tensor) -> Tensor:
     out = activations.float() @ asset.tensors["decoder"].float()
     if meta.architecture != "matching_pursuit" or meta.apply_b_dec_to_input:
         out = out + asset.tensors["b_dec"].float()
+    if meta.read_site is not None and meta.normalize != "none":
+        return out  # a transcoder normalises what it reads, not what it writes
     _, shift, scale = _normalised(meta, x.float())
     return out * scale + shift
 
 
 _PER_FEATURE = ("encoder", "b_enc", "threshold", "b_gate", "b_mag", "r_mag")
+
+
+def _rows(asset: Asset, name: str, indices: Sequence[int]) -> Tensor:
+    """[k, ...] float64. A large dictionary is not hashed when it is opened, so what is read of it is checked here."""
+    try:
+        rows = take(asset.tensors, name, indices).double()
+    except OSError as error:
+        raise AssetCorrupt(f"{asset.ref}: {name} cannot be read: {error}") from error
+    if not torch.isfinite(rows).all():
+        raise AssetCorrupt(f"{asset.ref}: {name} holds NaN or infinity")
+    return rows
 
 
 def _normalised(meta: DictionaryMeta, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:

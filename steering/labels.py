@@ -15,7 +15,7 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from steersman.steering.assets import Asset
-from steersman.steering.errors import InvalidRequest
+from steersman.steering.errors import InvalidRequest, StoreUnavailable
 
 MAX_LABEL = 4096  # characters
 _BATCH = 8192
@@ -38,6 +38,8 @@ class Labelled(NamedTuple):
 def parse(data: Any) -> dict[int, str]:
     """Labels by feature from any of: {"4231": "text"}; ["text", ..]; Neuronpedia's export, a list of objects with
     `index` and `description`. Of several descriptions of a feature the first counts."""
+    if isinstance(data, Mapping) and {"index", "description"} <= data.keys():
+        data = [data]  # JSON lines of one line
     if isinstance(data, Mapping):
         pairs: Iterable[tuple[Any, Any]] = data.items()
     elif isinstance(data, list) and all(isinstance(each, Mapping) for each in data):
@@ -67,7 +69,7 @@ def parse_text(text: str | bytes) -> dict[int, str]:
         try:
             return parse(json.loads(text))
         except json.JSONDecodeError:
-            return parse([json.loads(line) for line in text.splitlines() if line.strip()])
+            return parse([json.loads(line) for line in text.split("\n") if line.strip()])
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"neither JSON nor JSON lines: {error}", "labels") from error
 
@@ -98,9 +100,9 @@ class Labels:
 
     def __init__(self, asset: Asset, folder: str | Path | None = None) -> None:
         base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.path = base / "steersman" / "labels" / f"{asset.sha256}.sqlite"
-        if not self.path.exists():
-            self._build(asset)
+        self.path = base.absolute() / "steersman" / "labels" / f"{asset.sha256}.sqlite"
+        self._asset = asset
+        self._ready()
 
     def search(self, query: str | None, limit: int, offset: int) -> tuple[list[Labelled], int]:
         """Features whose label has words that begin with every word of `query`, the best first, or all of them in
@@ -110,12 +112,26 @@ class Labels:
             raise InvalidRequest("has no word to look for", "query")
         where, order = ("WHERE label MATCH ?", "rank, rowid") if words else ("", "rowid")
         given = [" ".join(words).encode("utf-8", "replace").decode()] if words else []
+        try:
+            return self._find(where, order, given, limit, offset)
+        except sqlite3.DatabaseError:  # damaged, or deleted since
+            self.path.unlink(missing_ok=True)
+        self._ready()
+        with _keeping():
+            return self._find(where, order, given, limit, offset)
+
+    def _find(self, where: str, order: str, given: list[str], limit: int, offset: int) -> tuple[list[Labelled], int]:
         with closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True)) as database:
             [(total,)] = database.execute(f"SELECT count(*) FROM features {where}", given)
             rows = database.execute(
                 f"SELECT rowid, label FROM features {where} ORDER BY {order} LIMIT ? OFFSET ?", [*given, limit, offset]
             )
             return [Labelled(*row) for row in rows], total
+
+    def _ready(self) -> None:
+        with _keeping():
+            if not self.path.exists():
+                self._build(self._asset)
 
     def _build(self, asset: Asset) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,4 +145,15 @@ class Labels:
                     database.executemany("INSERT INTO features (rowid, label) VALUES (?, ?)", batch)
             os.replace(hidden, self.path)
         finally:
-            hidden.unlink(missing_ok=True)
+            with suppress(OSError):
+                hidden.unlink()
+
+
+@contextmanager
+def _keeping() -> Iterator[None]:
+    """What hinders the index from being kept, as `StoreUnavailable`."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error  # without the path, which is the operator's
+        raise StoreUnavailable(f"the labels' index cannot be kept in the cache folder: {reason}") from error

@@ -163,9 +163,11 @@ class _Builder:
                 raise InvalidRequest("from_layer needs layers", "layers")
         return found, given.site or found.site or Site.RESID_POST, self._layers(given.layers, found.layers, "vector")
 
-    def _layers(self, layers: spec.Layers | None, has: tuple[int, ...], owner: str) -> tuple[int, ...]:
-        """The layers that are meant. ``owner``: the field that says which layers there are."""
-        with located(owner if has and layers in (None, "all") else "layers"):
+    def _layers(
+        self, layers: spec.Layers | None, has: tuple[int, ...], owner: str, field: str = "layers"
+    ) -> tuple[int, ...]:
+        """The layers that ``field`` means. ``owner``: the field that says which layers there are."""
+        with located(owner if has and layers in (None, "all") else field):
             return chosen_layers(layers, has, self.model.n_layers)
 
     def _blame(self, site: Site, layers: str) -> str:
@@ -228,7 +230,7 @@ class _Builder:
         if given.mode != "add" or given.only_if_active:
             with located("only_if_active" if given.mode == "add" else "mode"):
                 reads = dictionaries.reads(asset, given.indices)
-        relative = meta.normalize == "constant_norm_rescale"
+        relative = dictionaries.writes_by_norm(meta)
 
         def make(i: int, layer: int, width: int, flags: dict[str, Any]) -> Block:
             with located("dictionary"):
@@ -240,20 +242,20 @@ class _Builder:
         return site, layers, [asset.ref], meta.tokens, make
 
     def _of_dictionary(
-        self, asset: Asset, meta: DictionaryMeta, site: Site | None, layers: spec.Layers | None
+        self, asset: Asset, meta: DictionaryMeta, site: Site | None, layers: spec.Layers | None, field: str = "layers"
     ) -> tuple[Site, tuple[int, ...]]:
         """Where a dictionary works: nowhere but where it was made."""
         if site not in (None, meta.site):
             raise InvalidRequest(f"{asset.ref} belongs to {meta.site.value}; leave site out", "site")
-        return meta.site, self._layers(layers, (meta.layer,), "dictionary")
+        return meta.site, self._layers(layers, (meta.layer,), "dictionary", field)
 
     def _read_feature(
-        self, ref: str, index: int, site: Site | None, layers: spec.Layers | None
+        self, ref: str, index: int, site: Site | None, layers: spec.Layers | None, field: str = "layers"
     ) -> tuple[str, Place, torch.Tensor, Activation]:
         """A feature that is only read: its name, place, encoder [d] and activation function."""
         with located("dictionary"):
             asset, meta = self.library.dictionary(ref)
-        site, (layer,) = self._of_dictionary(asset, meta, site, layers)
+        site, (layer,) = self._of_dictionary(asset, meta, site, layers, field)
         with located("index"):
             dictionaries.check_indices(asset, [index])
         with located("dictionary"):
@@ -327,7 +329,7 @@ class _Builder:
         measure, activation = given.measure, None
         if given.dictionary is not None:
             assert given.index is not None
-            read = self._read_feature(given.dictionary, given.index, given.site, given.layer)
+            read = self._read_feature(given.dictionary, given.index, given.site, given.layer, "layer")
             measure, (_, place, direction, activation) = "feature", read
         else:
             assert given.vector is not None

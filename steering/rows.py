@@ -60,6 +60,7 @@ class RowFile(Mapping[str, Tensor]):
         weakref.finalize(self, os.close, self._file)
         self.nbytes = os.fstat(self._file).st_size
         size = int.from_bytes(self._read(0, 8), "little")
+        self._data = 8 + size  # where the tensors begin
         header: dict[str, Any] = json.loads(self._read(8, size))
         header.pop("__metadata__", None)
         self.specs: dict[str, Spec] = {}
@@ -67,7 +68,7 @@ class RowFile(Mapping[str, Tensor]):
             entry = header[name]
             if entry["dtype"] not in DTYPES:
                 raise UploadMalformed(f"{name} is {entry['dtype']}; wanted: {', '.join(DTYPES)}", f"tensors.{name}")
-            start = 8 + size + entry["data_offsets"][0]
+            start = self._data + entry["data_offsets"][0]
             self.specs[name] = Spec(DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
 
     def __iter__(self) -> Iterator[str]:
@@ -99,9 +100,20 @@ class RowFile(Mapping[str, Tensor]):
         for at in range(0, spec.nbytes, CHUNK):
             yield self._tensor(spec.start + at, min(CHUNK, spec.nbytes - at), spec.dtype)
 
-    def content(self) -> Iterator[bytes]:
-        """The file's bytes, a part at a time."""
-        for at in range(0, self.nbytes, CHUNK):
+    def content(self, metadata: Mapping[str, str] | None = None) -> Iterator[bytes]:
+        """The file's bytes, a part at a time. `metadata` stands in place of the header's own."""
+        start = 0
+        if metadata is not None:
+            start = self._data
+            names = {dtype: name for name, dtype in DTYPES.items()}
+            header: dict[str, Any] = {"__metadata__": dict(metadata)}
+            for name, spec in self.specs.items():
+                offsets = [spec.start - start, spec.start - start + spec.nbytes]
+                header[name] = {"dtype": names[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            yield len(text).to_bytes(8, "little") + text
+        for at in range(start, self.nbytes, CHUNK):
             yield bytes(self._read(at, min(CHUNK, self.nbytes - at)))
 
     def _tensor(self, start: int, nbytes: int, dtype: torch.dtype) -> Tensor:

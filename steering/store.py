@@ -50,6 +50,8 @@ from steersman.steering.rows import RowFile
 from steersman.steering.store_roots import METADATA, TENSORS, Root, open_root
 
 HASHED_BYTES: Final = 1 << 30
+MAX_OPEN: Final = 128  # dictionaries whose file is kept open: a process may have few descriptors
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _REF: Final = re.compile(rf"(?P<name>[^@]+)(?:@(?P<version>[0-9a-f]{{1,{VERSION_LENGTH}}}))?")
 
 
@@ -146,6 +148,8 @@ class Store:
             total = sum(each.nbytes for each in self._loaded.values())
             while total > self._memory_bytes:
                 total -= self._loaded.popitem(last=False)[1].nbytes
+            for stale in [ref for ref, each in self._loaded.items() if isinstance(each.tensors, RowFile)][:-MAX_OPEN]:
+                del self._loaded[stale]
         return asset
 
     def info(self, ref: str) -> AssetInfo:
@@ -240,7 +244,7 @@ class Store:
             stored = hashed.pop("stored")
             meta = parse_metadata(hashed)
             info = AssetInfo(meta, stored["sha256"], int(stored["order"]), str(stored["at"]), dict(stored["tensors"]))
-            if (info.name, info.version) != (name, version):
+            if not _SHA256.fullmatch(info.sha256) or (info.name, info.version) != (name, version):
                 raise ValueError(f"it states {info.ref}")
         except (SteeringError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise AssetCorrupt(f"{where} is damaged: {error}") from error

@@ -196,7 +196,8 @@ class RemoteRoot:
             self._changed(name)
             raise
         finally:
-            hidden.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                hidden.unlink()
         return copy
 
     def write(self, name: str, version: str, files: Mapping[str, Iterable[bytes]], replace: bool) -> None:

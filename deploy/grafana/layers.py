@@ -39,7 +39,7 @@ def layers() -> Dashboard:
         ),
         rows_over_time(
             "Norms out of baseline",
-            "Share of tokens whose norm lies outside the stored baseline of the layer.",
+            "Share of tokens whose norm is far from those that the engine has seen at the layer since it started.",
             Query(in_order(OUTLIERS), "{{layer}}"),
             "share of tokens",
             unit="percentunit",

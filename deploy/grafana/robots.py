@@ -1,4 +1,4 @@
-"""The dashboard *Robots*: how many actions each policy gives, how late, and how many at the end of their range."""
+"""The dashboard *Robots*: how many actions each policy gives, how late, and how much was cut to the limit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def robots() -> Dashboard:
         ),
         lines(
             "Saturation",
-            "Saturated values for each action: values that lie at an end of their range.",
+            "Values cut to the limit (--steering-max-action-delta), for each answer.",
             Query(SATURATED, "{{policy}}"),
         ),
     ]
@@ -66,7 +66,7 @@ def robots() -> Dashboard:
     return dashboard(
         "steersman-robots",
         "Steersman: robots",
-        "How many actions each policy gives, how late, and how many at the end of their range.",
+        "How many actions each policy gives, how late, and how much was cut to the limit.",
         [choice("policy", "Policies", f"label_values({ACTIONS}, policy)")],
         [("Actions", traffic), ("Latency", latency)],
     )

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
 def _add(args: argparse.Namespace, store: Store) -> int:
     if args.kind == "dictionary":
         return _add_dictionary(args, store)
+    if args.format or args.labels:
+        raise SystemExit("steersman assets add: --format and --labels go with --kind dictionary")
     data = args.file.read_bytes()
     fields = _fields(args)
     if args.file.suffix == ".json":
@@ -100,6 +102,8 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _export(args: argparse.Namespace, store: Store) -> int:
+    if args.for_llama_cpp and (args.saelens or args.out.suffix != ".gguf"):
+        raise SystemExit("steersman assets export: --for-llama-cpp goes with a name in .gguf")
     if args.saelens:
         asset = store.get(args.ref)
         dictionary_files.to_folder(asset, args.out)
@@ -108,15 +112,15 @@ def _export(args: argparse.Namespace, store: Store) -> int:
     if args.out.suffix not in (".gguf", ".safetensors", ".json"):
         raise SystemExit(f"steersman assets export: {args.out}: wanted is a name in .gguf, .safetensors or .json")
     asset = store.get(args.ref)
+    parts: Iterable[bytes]
     if args.out.suffix == ".gguf":
-        data = gguf.to_gguf(asset, for_llama_cpp=args.for_llama_cpp)
-    elif args.for_llama_cpp:
-        raise SystemExit("steersman assets export: --for-llama-cpp goes with a name in .gguf")
+        parts = [gguf.to_gguf(asset, for_llama_cpp=args.for_llama_cpp)]
     elif args.out.suffix == ".json":
-        data = json.dumps(native.to_json(asset)).encode()
+        parts = [json.dumps(native.to_json(asset)).encode()]
     else:
-        data = native.to_safetensors(asset)
-    args.out.write_bytes(data)
+        parts = native.to_parts(asset)
+    with args.out.open("wb") as file:
+        file.writelines(parts)
     print(f"{args.out}: {asset.ref}")
     return 0
 

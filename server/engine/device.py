@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from steersman.kernels.program import Program
+from steersman.kernels.reference import Reduce
 from steersman.kernels.tables import NONE, Tables, TablesFull, supports
 from steersman.server.engine.layout import Run, Work
 from steersman.server.engine.resident import Resident, Shard
@@ -77,14 +78,19 @@ class DevicePlans:
         self.places: frozenset[Place] = frozenset()  # where some row of this pass is edited
         self.sites: frozenset[Site] = frozenset()  # and at which sites
         self._filled = 0  # rows of ``entries`` that may name one
-        self._laid_out: tuple[Run, ...] = ()
+        self._laid_out: tuple[Run, ...] | None = ()  # None: ``entries`` may name what is gone
         self._found: tuple[frozenset[Place], frozenset[Site]] = frozenset(), frozenset()
         self._kept: OrderedDict[tuple[Resident, int], _Entry] = OrderedDict()
 
     def takes(self, resident: Resident) -> bool:
-        """Whether the plan's edits need nothing of the host while a pass runs."""
+        """Whether the plan's edits need nothing of the host while a pass runs.
+
+        A site counts as sharded where any layer's is: pipeline stages have other layers and must agree, as a stage
+        that runs a pass without a graph hands on another number of rows.
+        """
+        sharded = {place.site for place in self._shards}
         return not resident.reads and all(
-            supports(Program(tuple(blocks), blocks[0].write.width), place in self._shards)
+            supports(Program(tuple(blocks), blocks[0].write.width), place.site in sharded)
             for place, blocks in resident.plan.blocks.items()
         )
 
@@ -92,7 +98,7 @@ class DevicePlans:
         """The coming pass edits these rows. Raises CapacityExceeded where the tables cannot hold them all at once."""
         key = tuple(runs)
         if key != self._laid_out:
-            self._laid_out = ()
+            self._laid_out = None
             entries = np.full(max(self._filled, max((r.end for r in runs), default=0)), NONE, np.int32)
             found = self._entries({(r.resident, r.mask) for r in runs})
             for run in runs:
@@ -111,14 +117,22 @@ class DevicePlans:
         """Edits the rows of x [T, d] in place."""
         self._kernel(x, residual, self.entries, self.tables, self._index[place])
 
-    def edit_and_measure(self, place: Place, x: Tensor, residual: Tensor | None, work: Work) -> Tensor:
-        """The same; [rows, n_blocks] how large each block's edit was beside the stream, for the rows of ``work``."""
+    def edit_and_measure(
+        self, place: Place, x: Tensor, residual: Tensor | None, work: Work, reduce: Reduce | None = None
+    ) -> Tensor:
+        """The same; [rows, n_blocks] how large each block's edit was beside the stream, for the rows of ``work``.
+
+        reduce: adds up over tensor-parallel ranks, where x is one rank's shard.
+        """
         blocks = work.interventions.shape[1]
         norms = torch.zeros(len(x), max(blocks, self.tables.blocks), device=x.device)
         squares = torch.zeros(len(x), device=x.device)
         self._kernel(x, residual, self.entries, self.tables, self._index[place], norms=norms, squares=squares)
         rows = torch.from_numpy(work.rows).to(x.device)
-        return norms[rows, :blocks] / squares[rows].sqrt().clamp_min(1e-30)[:, None]
+        sizes, square = norms[rows, :blocks], squares[rows]
+        if reduce is not None:
+            sizes, square = reduce(sizes.square()).sqrt(), reduce(square)
+        return sizes / square.sqrt().clamp_min(1e-30)[:, None]
 
     def at(self, sites: Collection[Site]) -> frozenset[Place]:
         return frozenset(place for place in self._index if place.site in sites)
@@ -144,7 +158,9 @@ class DevicePlans:
         return out
 
     def _add(self, resident: Resident, mask: int) -> _Entry:
-        programs = resident.programs(mask)
+        programs = {  # other pipeline stages have the other layers
+            place: program for place, program in resident.programs(mask).items() if place in self._index
+        }
         index = self.tables.add({self._index[place]: program for place, program in programs.items()})
         return _Entry(index, frozenset(programs))
 
@@ -156,7 +172,7 @@ class DevicePlans:
 
     def _remove(self, key: tuple[Resident, int]) -> None:
         self.tables.remove(self._kept.pop(key).number)
-        self._laid_out = ()  # the index may come to mean another plan
+        self._laid_out = None  # the index may come to mean another plan
 
     def _fill(self, entries: Any) -> None:
         source = torch.from_numpy(entries)

@@ -9,6 +9,7 @@ cancelled or closed.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ async def generate(
     """Exactly ``n`` token ids. Raises InvalidRequest for what the model cannot take."""
     prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
     if pictures:
-        prompt["multi_modal_data"] = {"image": [Image.fromarray(p) for p in pictures]}
+        images = await asyncio.to_thread(lambda: [Image.fromarray(p) for p in pictures])  # copies
+        prompt["multi_modal_data"] = {"image": images}
     try:
         (ready,) = await engine.renderer.render_cmpl_async([prompt])
     except (_Client, ValueError, TypeError) as error:
@@ -50,8 +52,12 @@ async def generate(
     except _Client as error:
         raise _refused(error, "instruction") from None
     found = list(last.outputs[0].token_ids) if last is not None else []
-    if len(found) != n:  # the prompt left no room for them
-        raise EngineUnsteered(f"the engine generated {len(found)} of {n} tokens: is --max-model-len large enough?")
+    if len(found) != n:
+        length, limit = len(getattr(last, "prompt_token_ids", None) or ()), engine.model_config.max_model_len
+        if length + n > limit:
+            room = f"the prompt's {length} tokens leave no room for {n} of actions: --max-model-len is {limit}"
+            raise InvalidRequest(room, "instruction")
+        raise EngineUnsteered(f"the engine generated {len(found)} of {n} tokens")
     return found
 
 

@@ -9,9 +9,12 @@ middle of a pass (gates, probes, dots over tensor-parallel shards) runs without 
 The contract with vLLM (0.26, 0.32, 0.33): captured graphs are kept in dicts that only their owners read and write, by
 batch shape: ``CUDAGraphWrapper.concrete_cudagraph_entries`` (V1's full and both runners' piecewise graphs),
 ``BreakableCUDAGraphWrapper.entries`` and V2's ``CudaGraphManager.graphs``. Those attributes become one dict per level.
-All graphs of the model are captured inside ``runner._capture_cudagraphs`` (V1) or ``ModelCudaGraphManager.capture``
-(V2), which may be called again as long as the dicts are empty. ``CudagraphDispatcher.dispatch(valid_modes={NONE})``
-(V1), and ``dispatch`` while ``_graphs_captured`` is false (V2), make a step run without a graph.
+A graph of the model is captured inside ``runner._warmup_and_capture`` (V1), all of them inside
+``ModelCudaGraphManager.capture`` (V2), which may be called again as long as the dicts are empty. vLLM measures the
+memory that graphs need by the same calls: V1 by what one call takes, V2 (from 0.32) by what ``capture`` notes in
+``_capture_mem_samples``, a number for each shape in turn, so that the levels' numbers are added up to one.
+``CudagraphDispatcher.dispatch(valid_modes={NONE})`` (V1), and ``dispatch`` while ``_graphs_captured`` is false (V2),
+make a step run without a graph.
 """
 
 from __future__ import annotations
@@ -129,7 +132,7 @@ def at_every_level(capture: Callable[..., Any], capturing: Capturing) -> Callabl
 def attach_v1(runner: Any, capturing: Capturing) -> None:
     from vllm.config import CUDAGraphMode
 
-    runner._capture_cudagraphs = at_every_level(runner._capture_cudagraphs, capturing)
+    runner._warmup_and_capture = at_every_level(runner._warmup_and_capture, capturing)
     dispatcher = runner.cudagraph_dispatcher
     dispatch = dispatcher.dispatch
 
@@ -161,8 +164,18 @@ def attach_v2(runner: Any, capturing: Capturing) -> None:
 def _attach_manager(manager: Any, capturing: Capturing) -> None:
     from vllm.config import CUDAGraphMode
 
-    manager.capture = at_every_level(manager.capture, capturing)
+    capture = at_every_level(manager.capture, capturing)
     dispatch = manager.dispatch
+
+    @functools.wraps(capture)
+    def capture_and_add_up(*args: Any, **kwargs: Any) -> Any:
+        out = capture(*args, **kwargs)
+        if samples := getattr(manager, "_capture_mem_samples", None):  # since 0.32, and only while memory is measured
+            shapes = len(samples) // len(levels.sites)
+            samples[:] = [sum(samples[i::shapes]) for i in range(shapes)]
+        return out
+
+    manager.capture = capture_and_add_up
 
     @functools.wraps(dispatch)
     def without_graph_if_needed(*args: Any, **kwargs: Any) -> Any:

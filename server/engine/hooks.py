@@ -5,7 +5,8 @@ instance, after the weights are loaded and before anything is traced. Traced by 
 call of the custom op ``steersman::edit`` per site, which writes into the activation and is opaque to the compiler.
 
 The contract with vLLM and torch: modules call ``self.forward``, which may be set on an instance; the
-activation that a hook receives is not read again in its old form by anybody else.
+activation that a hook receives is not read again in its old form by anybody else. From 0.32 a layer with
+``requires_unquantized_input`` is never given what an activation function has already quantized for it.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ def _widths(found: LayerSites, d_model: int) -> dict[Site, int]:
 def _hook_layer(layer: nn.Module, found: LayerSites, touch: Mapping[Site, Touch]) -> None:
     def linear(site: Site, at: Linear | None) -> None:
         if site in touch and at is not None:
+            at.module.requires_unquantized_input = True
             _before_first(at.module, touch[site])
 
     linear(Site.ATTN_Z, found.attn_z)

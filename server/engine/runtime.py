@@ -211,6 +211,9 @@ class Runtime:
                 key.append(Run(state.resident, owner.chosen, entry.row, entry.row + 1))
             elif owner.chosen:
                 key += [Run(state.resident, mask, entry.row + a, entry.row + b) for mask, a, b in _runs(owner.masks)]
+        if replayed:
+            need_host = [o.state for o in self._owners if o.state.resident and not o.state.resident.on_device]
+            _fail(need_host, "a pass that needs the host has been given a graph")
         if self.device is not None:
             key = self._lay_out_on(self.device, key)
         if key != self._layout_key:
@@ -258,7 +261,7 @@ class Runtime:
         self._owners, self._measured, self._asked, self._layout = [], [], [], {}
         self._probing = Probing(())
         self._reads = frozenset()
-        self.wanted, self.live = (), False
+        self.wanted, self.live, self._measure = (), False, False
         if self.device is not None:
             self.device.rest()
             self._on_device, self._device_layout = [], None
@@ -322,7 +325,8 @@ class Runtime:
         if self._device_layout is None:
             self._device_layout = self._lay_out(self._on_device)
         work = self._device_layout[place]
-        self._measured.append((place, work, device.edit_and_measure(place, x, residual, work), None))
+        reduce = self.reduce if place in self.shards else None
+        self._measured.append((place, work, device.edit_and_measure(place, x, residual, work, reduce), None))
 
     def _using(self, resident: Resident) -> list[RequestState]:
         return [o.state for o in self._owners if o.state.resident is resident]

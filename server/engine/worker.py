@@ -31,6 +31,8 @@ from steersman.steering.sites import ModelInfo, Site
 
 logger = logging.getLogger(__name__)
 
+EVERY_ON_CPU = 32  # passes of which statistics look at one
+EVERY_WITH_GRAPHS = 256  # the same, where that pass is slower than others because it replays no graph
 PADDING = 64  # rows that a runner may add to its largest batch
 
 
@@ -53,7 +55,9 @@ class WorkerSteering:
         if settings.max_relative_norm is not None:
             self.runtime.dosage = Dosage(settings.max_relative_norm, settings.dosage)
         if settings.monitor == "on":
-            self.runtime.monitor = Monitor(self.n_layers, settings.monitor_every, counts=self.leads)
+            on_cpu = worker.device.type == "cpu"
+            every = settings.monitor_every or (EVERY_ON_CPU if on_cpu else EVERY_WITH_GRAPHS)
+            self.runtime.monitor = Monitor(self.n_layers, every, counts=self.leads)
             self.runtime.monitor.watch_logits(worker.model_runner.get_model())
         if worker.device.type == "cpu":
             cpu_library.library(cpu_library.backend())  # compiled now, not in the first steered step

@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from steersman.server.policies.policy import Picture
-from steersman.steering.errors import InvalidRequest, PayloadTooLarge
+from steersman.steering.errors import InvalidRequest, PayloadTooLarge, SteeringError
 
 FORMATS = ("PNG", "JPEG")
 
@@ -56,14 +56,19 @@ def _file(data: bytes, limits: Limits, path: str) -> Picture:
     if len(data) > limits.bytes:
         raise _too_large(limits, path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_pixels(*image.size, limits, path)
-                return np.asarray(image.convert("RGB"))
-    except Image.DecompressionBombError:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_pixels(*image.size, limits, path)
+            if image.mode.startswith("I"):  # the conversion would cut these to 255
+                raise InvalidRequest("has 16 bits for each pixel; send 8", path)
+            image.load()
+            with suppress(Exception):  # as vLLM does with the pictures of a chat
+                ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(image.convert("RGB"))
+    except SteeringError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_many_pixels("too many", limits, path) from None
-    except (OSError, ValueError, SyntaxError) as error:  # all that PIL raises for broken files
+    except Exception as error:  # PIL has no error of its own for broken files: IndexError and AssertionError are known
         raise InvalidRequest(f"cannot be read as PNG or JPEG: {str(error)[:200]}", path) from None
 
 

@@ -51,4 +51,4 @@ class Policy(Protocol):
         """``token_ids``: what was generated, as many as the prompt asked for."""
 
     def metadata(self) -> dict[str, Any]:
-        """What a client may want to know, as JSON: dims by unnorm_key, cameras and so on."""
+        """What a client may want to know, as JSON; ``unnorm_keys`` has the dims of each key that there is."""

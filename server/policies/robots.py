@@ -83,6 +83,16 @@ class Robots:
         finally:
             self._sessions -= 1
 
+    async def check(self, steering: Any, unnorm_key: str | None) -> None:
+        """Raises SteeringError for defaults that no observation could be answered with."""
+        known = self.policy.metadata()["unnorm_keys"]
+        if unnorm_key is not None and unnorm_key not in known:
+            names = ", ".join(sorted(known))
+            raise InvalidRequest(f"this policy has no statistics of {unnorm_key[:200]!r}; it has {names}", "unnorm_key")
+        if steering is not None:
+            _refuse_stream(steering)
+            await asyncio.to_thread(self.state.frontend.resolve, steering)
+
     async def act(self, observation: Observation, steering: Any, ignored: tuple[str, ...]) -> Acted:
         """Raises SteeringError for what cannot be done as asked; ``steering`` None: as the server's default says."""
         started = perf_counter()
@@ -104,9 +114,8 @@ class Robots:
     async def _steered(self, prompt: PolicyPrompt, steering: Any) -> tuple[list[int], dict[str, Any], float]:
         state = self.state
         with state.metrics.watching() as outcome:
+            _refuse_stream(steering)
             asked = steering if isinstance(steering, dict) else {}
-            if asked.get("stream_probes"):
-                raise InvalidRequest("actions are no stream; report tokens tells the same", "steering.stream_probes")
             with state.metrics.building.time():
                 ticket = await state.frontend.prepare({} if steering is None else steering)
             try:
@@ -138,6 +147,11 @@ class Robots:
         if count:
             self.metrics.saturated(count)
         return np.where(over, np.clip(actions, -limit, limit), actions), count
+
+
+def _refuse_stream(steering: Any) -> None:
+    if isinstance(steering, dict) and steering.get("stream_probes"):
+        raise InvalidRequest("actions are no stream; report tokens tells the same", "steering.stream_probes")
 
 
 def robots_of(app: FastAPI) -> Robots:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 from vllm.entrypoints.serve.utils.api_utils import listen_for_disconnect
 
 from steersman.clients import arrays
@@ -40,7 +41,11 @@ _BODY = {"requestBody": {"content": {"application/json": {"schema": {
 async def actions(raw: Request) -> Response:
     """Observation to actions: ``images``, ``instruction``, ``state``, ``unnorm_key``, ``steering``; JSON or msgpack."""
     robots = robots_of(raw.app)
-    body, kind = await raw.body(), raw.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = raw.headers.get("content-type", "").partition(";")[0].strip().lower()
+    try:
+        body = await raw.body()
+    except ClientDisconnect:
+        return GONE
     acted = await _unless_gone(raw, _ours(robots, body, kind))
     return GONE if acted is None else Json(_told(robots, acted))
 
@@ -51,7 +56,11 @@ async def act(raw: Request) -> Response:
     access.robot(raw)
     robots = robots_of(raw.app)
     defaults = observations.Defaults.from_query(raw.query_params.multi_items())
-    found = await _unless_gone(raw, _openvla(robots, await raw.body(), defaults))
+    try:
+        body = await raw.body()
+    except ClientDisconnect:
+        return GONE
+    found = await _unless_gone(raw, _openvla(robots, body, defaults))
     if found is None:
         return GONE
     acted, twice = found

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from steersman.server import inventory
@@ -18,11 +18,21 @@ from steersman.server.state import state_of
 from steersman.steering import assets as kinds
 from steersman.steering import spec
 from steersman.steering.assets import Asset, DictionaryMeta, ProfileMeta
-from steersman.steering.errors import AssetInUse, AssetKindMismatch, InvalidRequest, UploadMalformed, located
+from steersman.steering.errors import (
+    AssetInUse,
+    AssetKindMismatch,
+    InvalidRequest,
+    PayloadTooLarge,
+    UploadMalformed,
+    located,
+)
 from steersman.steering.formats import gguf, native, uploads
 from steersman.steering.labels import Labelled, Labels
+from steersman.steering.rows import RowFile
 from steersman.steering.store import AssetInfo, Store, parse_ref
 
+MAX_WHOLE = 64 << 20  # bytes of a file on disk that is turned into another format, in memory
+_MAX_METADATA = 64 << 20  # bytes: the labels of a large dictionary; the whole body has the server's own limit
 router = APIRouter(prefix="/v1/steering/assets")
 Filter = Annotated[str | None, Query()]
 Limit = Annotated[int, Query(ge=1, le=1000)]
@@ -63,17 +73,24 @@ async def upload(raw: Request) -> Response:
 @router.get("/{ref}")
 async def fetch(ref: str, raw: Request, format: Filter = None) -> Response:
     """An asset's metadata and provenance; ``format=safetensors|gguf|json`` gives the whole asset."""
-    if format not in (None, *_WRITERS):
-        raise InvalidRequest(f"wanted: {', '.join(_WRITERS)}", "format")
+    if format not in (None, "safetensors", *_WRITERS):
+        raise InvalidRequest(f"wanted: {', '.join(('safetensors', *_WRITERS))}", "format")
     store = state_of(raw.app).frontend.store
     with located("ref"):
         if format is None:
             return Json(describe(await asyncio.to_thread(store.info, ref)))
         asset = await asyncio.to_thread(store.get, ref)
+    name = f'attachment; filename="{asset.name}.{format}"'
+    if format == "safetensors":
+        return StreamingResponse(
+            native.to_parts(asset), headers={"content-disposition": name}, media_type="application/octet-stream"
+        )
+    if isinstance(asset.tensors, RowFile) and asset.tensors.nbytes > MAX_WHOLE:
+        message = f"{asset.ref} has more than {MAX_WHOLE >> 20} MiB; only format=safetensors is sent in parts"
+        raise PayloadTooLarge(message, "format")
     data = await asyncio.to_thread(_WRITERS[format], asset)
     if format == "json":
         return Response(data, media_type="application/json")
-    name = f'attachment; filename="{asset.name}.{format}"'
     return Response(data, headers={"content-disposition": name}, media_type="application/octet-stream")
 
 
@@ -135,7 +152,7 @@ def describe(info: AssetInfo) -> dict[str, Any]:
 
 async def _multipart(raw: Request) -> Asset:
     try:
-        form = await raw.form(max_files=1, max_fields=1)
+        form = await raw.form(max_files=1, max_fields=1, max_part_size=_MAX_METADATA)
     except HTTPException as error:
         raise UploadMalformed(f"not a readable form: {error.detail}", "body") from None
     file, metadata = form.get("file"), form.get("metadata")
@@ -153,6 +170,5 @@ def _to_json(asset: Asset) -> bytes:
 
 _WRITERS: dict[str, Callable[[Asset], bytes]] = {
     "json": _to_json,
-    "safetensors": native.to_safetensors,
     "gguf": gguf.to_gguf,
 }

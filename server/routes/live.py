@@ -1,8 +1,9 @@
 """``/steering/live``: a page that shows what every layer does, and the events that it draws.
 
 The page is one file and holds no data, so anybody may load it. The events want the server's API key where there is
-one; the page asks its reader for it. They are server-sent events: ``hello`` (the server and the last frames), ``frame``
-(see :mod:`steersman.server.live.feed`), ``lag`` (the workers do not answer). With monitoring off there is one ``hello``.
+one; the page asks its reader for it. They are server-sent events: ``hello`` (the server and the last frames),
+``frame`` (see :mod:`steersman.server.live.feed`), ``lag`` (the workers do not answer). With monitoring off there is
+one ``hello``.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def openvla(body: bytes, limits: Limits, cameras: int, defaults: Defaults) -> tu
     if "image" not in data:
         raise InvalidRequest("is missing", "image")
     pictures = {"image": picture(data["image"], limits, "image")}
-    key = _text(data, "unnorm_key") or defaults.unnorm_key
+    key = _key(data, defaults)
     steering = _plain(data["steering"], "steering") if "steering" in data else defaults.steering
     return Asked(Observation(pictures, _instruction(data, "instruction"), None, key), steering), twice
 
@@ -127,19 +127,24 @@ def openpi(data: Any, limits: Limits, cameras: int, defaults: Defaults) -> Asked
         raise InvalidRequest(f"this policy takes {cameras} pictures, named {', '.join(CAMERAS)}", "observation/image")
     pictures = {name: picture(data[name], limits, name) for name in chosen}
     names = next((names for names in STATES if all(name in data for name in names)), ())
-    state = np.concatenate([_numbers(data[name], name) for name in names]) if names else None
-    key = _text(data, "unnorm_key") or defaults.unnorm_key
+    state = np.concatenate([_numbers(_row(data[name]), name) for name in names]) if names else None
+    key = _key(data, defaults)
     steering = _plain(data["steering"], "steering") if "steering" in data else defaults.steering
     read = {*chosen, *names, "prompt", "unnorm_key", "steering"}
     ignored = tuple(name[:100] for name in data if name not in read)
     return Asked(Observation(pictures, _instruction(data, "prompt"), state, key), steering, ignored)
 
 
+def _row(given: Any) -> Any:
+    """A gripper's position may be a number of its own, as openpi's DROID policy takes it."""
+    return [given] if isinstance(given, int | float | np.generic) or getattr(given, "ndim", 1) == 0 else given
+
+
 def unpacked(body: bytes, path: str) -> Any:
     try:
         return arrays.unpack(body)
     except ValueError as error:
-        raise InvalidRequest(str(error), path) from None
+        raise InvalidRequest(str(error)[:300], path) from None
 
 
 def _json(text: str | bytes, path: str) -> Any:
@@ -166,10 +171,19 @@ def _instruction(data: Mapping[str, Any], name: str) -> str:
     return found
 
 
+def _key(data: Mapping[str, Any], defaults: Defaults) -> str | None:
+    found = _text(data, "unnorm_key")
+    return defaults.unnorm_key if found is None else found
+
+
 def _text(data: Mapping[str, Any], name: str, path: str | None = None) -> str | None:
     found = data.get(name)
     if found is not None and not isinstance(found, str):
         raise InvalidRequest("must be text", path or name)
+    try:
+        (found or "").encode()
+    except UnicodeEncodeError:  # half of a pair, which JSON can spell and no tokenizer takes
+        raise InvalidRequest("must be Unicode text", path or name) from None
     return found
 
 

@@ -2,9 +2,9 @@
 
 The first frame is metadata. Then each binary frame is an observation in msgpack with arrays, and is answered by one. An
 error is a text frame, after which the connection is closed with 1011. Frames are read one ahead: a robot that goes away
-cancels what is being done for it. Besides openpi's there is one more message,
-``{"session": {"steering", "unnorm_key"}}``, which sets what holds for the observations after it, as the query does when
-the robot connects.
+cancels what is being done for it, unless it has sent its next observation already. Besides openpi's there is one more
+message, ``{"session": {"steering", "unnorm_key"}}``, which sets what holds for the observations after it, as the query
+does when the robot connects.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from steersman.server import access
 from steersman.server.answers import dumps, failure
 from steersman.server.policies.robots import Robots, robots_of
 from steersman.server.routes.observations import Defaults, openpi, unpacked
-from steersman.steering.errors import EngineUnsteered, InvalidRequest, PayloadTooLarge, RateLimited, SteeringError
+from steersman.server.state import state_of
+from steersman.steering.errors import (
+    EngineUnsteered,
+    InvalidRequest,
+    PayloadTooLarge,
+    RateLimited,
+    SteeringError,
+    StoreError,
+)
 
 FAILED = 1011  # the closing code after an error
 T = TypeVar("T")
@@ -45,23 +53,18 @@ async def connect(socket: WebSocket) -> None:
         access.robot(socket)
         robots = robots_of(socket.app)
         metadata = robots.metadata()
-        defaults = await _checked(robots, Defaults.from_query(socket.query_params.multi_items()))
+        defaults = Defaults.from_query(socket.query_params.multi_items())
+        await robots.check(defaults.steering, defaults.unnorm_key)  # at once, and not at the first observation
         with robots.session():
             await socket.accept()
             await _Session(socket, robots, defaults).serve(metadata)
     except SteeringError as error:  # before the connection was accepted
+        _count(socket, error)
         await socket.send_denial_response(failure(error))
 
 
 def attach(app: FastAPI) -> None:
     app.include_router(router)
-
-
-async def _checked(robots: Robots, defaults: Defaults) -> Defaults:
-    """Raises SteeringError for steering that cannot be done: at once, and not at the first observation."""
-    if defaults.steering is not None:
-        await asyncio.to_thread(robots.state.frontend.resolve, defaults.steering)
-    return defaults
 
 
 class _Session:
@@ -89,6 +92,7 @@ class _Session:
         except WebSocketDisconnect:
             return
         except SteeringError as error:
+            _count(self.socket, error)
             await self._fail(error)
         except Exception:
             logger.exception("an observation could not be answered")
@@ -103,7 +107,14 @@ class _Session:
         if isinstance(data, dict) and "session" in data:
             if len(data) != 1:
                 raise InvalidRequest("must be alone in its message", "session")
-            self.defaults = await _checked(self.robots, self.defaults.changed(data["session"]))
+            changed = await asyncio.to_thread(self.defaults.changed, data["session"])
+            try:
+                await self.robots.check(changed.steering, changed.unnorm_key)
+            except SteeringError as error:
+                if (error.param or "").startswith(("steering", "unnorm_key")):  # and not the server's default profile
+                    error.param = f"session.{error.param}"
+                raise
+            self.defaults = changed
             return {"session": {"steering": self.defaults.steering, "unnorm_key": self.defaults.unnorm_key}}
         with self.robots.metrics.acting():
             cameras = self.robots.policy.cameras
@@ -156,6 +167,12 @@ class _Session:
         with suppress(RuntimeError, WebSocketDisconnect):  # the robot may have gone meanwhile
             await self.socket.send_text(dumps(error.body()).decode())
             await self.socket.close(FAILED, error.code)
+
+
+def _count(socket: WebSocket, error: SteeringError) -> None:
+    """As the handler of HTTP's errors does."""
+    if isinstance(error, StoreError):
+        state_of(socket.app).metrics.store_failed(error)
 
 
 def _check_connected(message: Any) -> None:

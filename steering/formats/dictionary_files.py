@@ -6,7 +6,6 @@ import io
 import json
 import math
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -23,6 +22,7 @@ from steersman.steering.formats import native, saelens, saes
 from steersman.steering.rows import RowFile
 
 ZIP: Final = b"PK\x03\x04"
+_PACKED: Final = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # bzip2 and LZMA unpack a block whole, whatever its size
 _MAX_RATIO: Final = 32  # of what an archive unpacks to, over its own size: weights hardly shrink
 _CONFIGS: Final = ("cfg.json", "config.json", "hyperparams.json")
 _WEIGHTS: Final = (
@@ -102,8 +102,15 @@ def read_npz(file: BinaryIO, size: int) -> dict[str, Tensor]:
             entries = archive.infolist()
             if sum(entry.file_size for entry in entries) > _MAX_RATIO * size + (1 << 20):
                 raise UploadMalformed(f"the archive unpacks to more than {_MAX_RATIO} times its size", "file")
-            return {e.filename.removesuffix(".npy"): _array(archive, e) for e in entries}
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+            if any(entry.compress_type not in _PACKED for entry in entries):
+                raise UploadMalformed("an .npz is stored or deflated; this archive is packed in another way", "file")
+            named = {entry.filename.removesuffix(".npy"): entry for entry in entries}
+            if len(named) != len(entries):
+                raise UploadMalformed("an array is given twice", "file")
+            return {name: _array(archive, entry) for name, entry in named.items()}
+    except SteeringError:
+        raise
+    except Exception as error:  # neither zipfile nor numpy documents a list of what it raises
         raise UploadMalformed(f"not a readable .npz file: {error}", "file") from error
 
 
@@ -117,6 +124,8 @@ def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
         shape, fortran, dtype = read(stream)
         if dtype.kind != "f" or dtype.itemsize > 8:
             raise ValueError(f"{entry.filename} holds {dtype}, not floating point")
+        if not all(type(size) is int and size > 0 for size in shape):
+            raise ValueError(f"{entry.filename} has the shape {shape}")
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes > entry.file_size:
             raise ValueError(f"{entry.filename} promises {nbytes} bytes and has {entry.file_size}")

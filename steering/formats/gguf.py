@@ -179,14 +179,16 @@ def _check(data: bytes) -> None:
     for _ in range(n_fields):
         cursor.string()
         _skip_value(cursor, cursor.number("<I"))
+    total = 0
     for _ in range(n_tensors):
         cursor.string()
         n_dimensions = cursor.count("<I")
         length = cursor.number("<Q") if n_dimensions == 1 else 0
         if n_dimensions != 1 or cursor.number("<I") != _F32:
             raise UploadMalformed("a control vector's tensors are one-dimensional float32", "file")
-        if 4 * length + cursor.number("<Q") > len(data):
-            raise UploadMalformed("not a GGUF file: a tensor lies beyond its end", "file")
+        total += 4 * length
+        if 4 * length + cursor.number("<Q") > len(data) or total > len(data):  # many may state the same place
+            raise UploadMalformed("not a GGUF file: its tensors are more than it holds", "file")
 
 
 def _skip_value(cursor: _Cursor, kind: int) -> None:

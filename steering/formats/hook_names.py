@@ -51,6 +51,7 @@ _INPUTS: Final[dict[str, str]] = {
     "mlp.dense_4h_to_h": Site.MLP_POST,
 }
 _OUTPUTS: Final[dict[str, str]] = _MODULES | {"pre_feedforward_layernorm": MLP_IN}
+_MAX_LENGTH: Final = 512
 _LENS_NAME: Final = re.compile(r"blocks\.(\d{1,5})\.(.+)")
 _MODULE_NAME: Final = re.compile(r"(?:.*\.)?(?:layers|h)[._](\d{1,5})(?:\.(.+?))??(?:\.(input|output))?")
 
@@ -59,7 +60,10 @@ def parse(name: str, param: str = "config.hook_name") -> Where:
     """The layer and site that a hook's name means."""
     if name in ("hook_embed", "embed_tokens"):
         return Where(0, Site.RESID_PRE)
-    if match := _LENS_NAME.fullmatch(name):
+    match = None
+    if len(name) > _MAX_LENGTH:  # what follows takes time with the square of it
+        site = None
+    elif match := _LENS_NAME.fullmatch(name):
         site = _LENS.get(match[2])
     elif match := _MODULE_NAME.fullmatch(name):
         tables: dict[str | None, dict[str, str]] = {"input": _INPUTS, "output": _OUTPUTS, None: _MODULES}

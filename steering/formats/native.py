@@ -11,7 +11,7 @@ import base64
 import binascii
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, NoReturn
 
 import safetensors.torch
@@ -26,6 +26,7 @@ from steersman.steering.errors import (
     UploadMalformed,
     located,
 )
+from steersman.steering.rows import RowFile
 
 HEADER_KEY: Final = "steersman"
 _MAX_DIMENSIONS: Final = 3
@@ -36,11 +37,11 @@ def from_safetensors(data: bytes, metadata: Mapping[str, Any] | None = None) -> 
     """`metadata`, where given, stands in place of the file's own."""
     try:
         tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     except Exception as error:  # the reader documents no list of what it raises
         raise UploadMalformed(f"not a safetensors file: {error}", "file") from error
     if metadata is None:
-        text = header.get("__metadata__", {}).get(HEADER_KEY)
+        text = header.get(HEADER_KEY)
         if text is None:
             raise InvalidRequest(f"no metadata is given, and the file's header has no '{HEADER_KEY}'", "metadata")
         metadata = loads(text, "metadata")
@@ -51,8 +52,16 @@ def from_safetensors(data: bytes, metadata: Mapping[str, Any] | None = None) -> 
 
 def to_safetensors(asset: Asset) -> bytes:
     """One file that `from_safetensors` reads back to the same version."""
+    return b"".join(to_parts(asset))
+
+
+def to_parts(asset: Asset) -> Iterator[bytes]:
+    """The same file a part at a time: of tensors on disk, no more than a part is held in memory."""
     metadata = {HEADER_KEY: canonical_json(dump_metadata(asset.meta))}
-    return bytes(safetensors.torch.save(dict(asset.tensors), metadata))
+    if isinstance(asset.tensors, RowFile):
+        yield from asset.tensors.content(metadata)
+    else:
+        yield bytes(safetensors.torch.save(dict(asset.tensors), metadata))
 
 
 def from_json(value: str | bytes | Mapping[str, Any]) -> Asset:
@@ -122,7 +131,7 @@ def _tensor(value: Any, param: str) -> torch.Tensor:
         if not isinstance(value, list):
             raise TypeError("neither an object nor a list")
         return torch.tensor(value, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError, RecursionError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InlineMalformed(f"not a tensor: {error}", param) from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -57,7 +57,7 @@ def number(config: Mapping[str, Any], name: str, kind: type[N], param: str = "co
     """A positive number of the configuration."""
     value = config.get(name)
     right = type(value) is int or (kind is float and type(value) is float)
-    if not right or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
+    if not right or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
         raise InvalidRequest(f"must be a positive {'integer' if kind is int else 'number'}", f"{param}.{name}")
     return kind(value)  # type: ignore[arg-type]
 

@@ -201,7 +201,7 @@ def build(tensors: Tensors, fields: Mapping[str, Any]) -> tuple[dict[str, Any], 
     if not isinstance(config, Mapping):
         raise InvalidRequest("must be the object of the configuration file", "config")
     chosen = fields.get("format") or guess(tensors, config)
-    if chosen not in FORMATS:
+    if not isinstance(chosen, str) or chosen not in FORMATS:
         raise InvalidRequest(f"'{chosen!s:.64}' is no format of dictionaries; known: {', '.join(FORMATS)}", "format")
     parts = FORMATS[chosen](tensors, config)
     meta = {"kind": "dictionary", "provenance": {"format": chosen, "config": dict(config)}, **parts.meta}

@@ -25,6 +25,9 @@ def test_it_encodes_as_the_library_does(name: str, tmp_path: Path) -> None:
     with pytest.raises(UploadMalformed):
         convert(tmp_path / "ae.pt", FIELDS)  # without its configuration it could be anything
     shutil.copy(DATA / name / "config.json", tmp_path)
+    torch.save({"encoder.weight": 3, 4: torch.ones(2)}, tmp_path / "other.pt")
+    with pytest.raises(UploadMalformed):
+        convert(tmp_path / "other.pt", FIELDS)
     asset = convert(tmp_path / "ae.pt", FIELDS)
     again = native.from_safetensors(native.to_safetensors(asset))
     assert again.sha256 == asset.sha256

@@ -69,6 +69,23 @@ def test_nothing_outside_the_list_is_called(file: Path, tmp_path: Path, call: st
         assert made.exists()
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_what_unpacks_without_end_is_not_unpacked(file: Path, compression: int) -> None:
+    """A block of these is unpacked whole, whatever size the archive states for it."""
+    refused(file, rewritten(WHOLE, compression=compression), match="packed in a way")
+
+
+def test_a_pickle_under_another_case_is_read_as_one(file: Path) -> None:
+    """torch finds `DATA.PKL` where it looks for `data.pkl`."""
+    out = io.BytesIO()
+    trap = pickle.dumps(Trap(os.mkdir, "x"), protocol=2)
+    with zipfile.ZipFile(io.BytesIO(WHOLE)) as old, zipfile.ZipFile(out, "w") as new:
+        for member in old.infolist():
+            pickled = member.filename.endswith(".pkl")
+            new.writestr(member.filename.replace("data.pkl", "DATA.PKL"), trap if pickled else old.read(member))
+    refused(file, out.getvalue(), match="which no file of a direction needs")
+
+
 def test_a_name_by_another_instruction_is_not_called(file: Path, tmp_path: Path) -> None:
     """STACK_GLOBAL, which pickles of protocol 4 have, is not among the names that were looked at."""
     made = tmp_path / "made"

@@ -79,6 +79,32 @@ def test_what_cannot_be_drawn_says_so(source: Source) -> None:
         draw(board, source)
 
 
+def answering(result: list[dict[str, object]]) -> Source:
+    """A Prometheus that says the same to every query."""
+    answer = httpx.MockTransport(lambda _: httpx.Response(200, json={"status": "success", "data": {"result": result}}))
+    return Source(httpx.Client(base_url="http://prometheus", transport=answer), 10, SECONDS)
+
+
+def panel(board: str, title: str) -> dict[str, object]:
+    (found,) = (p for p in BOARDS[board]["panels"] if p["title"] == title and p["type"] != "row")
+    return {**BOARDS[board], "panels": [found]}
+
+
+def test_a_table_leaves_cells_without_a_number_empty() -> None:
+    rows = [{"metric": {"asset": name}, "value": [10, value]} for name, value in (("calm", "0.5"), ("never", "NaN"))]
+    (frame,) = draw(panel("assets.json", "Now"), answering(rows)).axes
+    cells = {at: cell.get_text().get_text() for at, cell in frame.tables[0].get_celld().items()}
+    assert [cells[1, column] for column in range(5)] == ["calm", "0.5", "50 %", "50 %", "50 %"]
+    assert [cells[2, column] for column in range(5)] == ["never", "", "", "", ""]
+
+
+def test_a_heat_map_of_nothing_but_zero_has_the_colour_of_zero() -> None:
+    zeros = [series((1, "0"), (2, "0"), layer=layer) for layer in ("000", "001")]
+    title = "Norms out of baseline"
+    norm = _mesh(draw(panel("layers.json", title), answering(zeros)), title).norm
+    assert (norm.vmin, norm.vmax) == (0, 1)
+
+
 def test_a_prometheus_that_is_not_there_is_an_error() -> None:
     with httpx.Client(base_url="http://127.0.0.1:1") as http, pytest.raises(httpx.ConnectError):
         draw(BOARDS["robots.json"], Source(http, 0, SECONDS))

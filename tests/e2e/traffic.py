@@ -28,8 +28,8 @@ LIMIT = 0.5  # of the relative norm
 WATCHED = "mood"
 DAMAGED = "torn"
 VECTORS = ("calm", "bold", "even", "sometimes", "always", "never", WATCHED, "truth", DAMAGED)
-THRESHOLDS = {WATCHED: -100.0}
-"""By probe, of a Prometheus: one that every reading exceeds."""
+THRESHOLDS = {WATCHED: 2.0}
+"""By probe, of a Prometheus: one that many of its readings exceed."""
 OPTIONS = [
     "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "16", "--steering-monitor-sample", "1",
     "--steering-monitor-interval", "0.5", "--steering-max-relative-norm", str(LIMIT),
@@ -90,7 +90,7 @@ def _round(server: Server, chance: random.Random, tide: float) -> None:
     def prompt() -> list[int]:
         return [1, *(chance.randrange(8, 500) for _ in range(chance.randint(4, 30)))]
 
-    calm = {"op": "add", "vector": "calm", "relative": "norm", "scale": 0.05 + 0.3 * tide, "layers": [1, 2]}
+    calm = {"op": "add", "vector": "calm", "relative": "norm", "scale": (1 + round(6 * tide)) / 20, "layers": [1, 2]}
     bold = {"op": "add", "vector": "bold", "relative": "norm", "scale": 0.9, "layers": [2], "tokens": "generated"}
     gated = [{"op": "add", "vector": v, "scale": 0.1, "layers": [2], "when": gate} for v, gate in GATES.items()]
     served: list[Any] = [
@@ -101,11 +101,11 @@ def _round(server: Server, chance: random.Random, tide: float) -> None:
     ]
     for steering in served:
         server.complete(prompt(), steering, max_tokens=chance.randint(4, 8 + round(20 * tide)))
-    edits = {name: {"interventions": [{"op": "add", "vector": name}]} for name in ("nobody", DAMAGED, "calm")}
     asked = {"model": server.model, "prompt": prompt(), "max_tokens": 200, "ignore_eos": True}
-    assert server.post("/v1/completions", {**asked, "steering": edits["nobody"]}).status_code == 404
-    assert server.post("/v1/completions", {**asked, "steering": edits[DAMAGED]}).status_code == 500
-    stream = {**asked, "stream": True, "steering": edits["calm"]}
+    for name, status in (("nobody", 404), (DAMAGED, 500)):
+        response = server.post("/v1/completions", {**asked, "steering": {"interventions": [{**calm, "vector": name}]}})
+        assert response.status_code == status, response.text
+    stream = {**asked, "stream": True, "steering": {"interventions": [calm]}}
     with server.http.stream("POST", "/v1/completions", json=stream) as response:
         assert next(response.iter_lines()).startswith("data: ")  # and the client goes away
 

@@ -67,6 +67,7 @@ class Engine:
     def __init__(self, made: Frontend) -> None:
         self.frontend = made
         self.renderer = self
+        self.model_config = SimpleNamespace(max_model_len=4096)
         self.ids: Callable[[Mapping[str, Any], int], Sequence[int]] = lambda prompt, n: (IDS * n)[:n]
         self.prompts: list[Mapping[str, Any]] = []
         self.params: list[Any] = []
@@ -92,7 +93,10 @@ class Engine:
                 await asyncio.sleep(0.005)
         finally:
             self.stopped.set()
-        yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=self.ids(prompt, params.max_tokens))])
+        given = prompt["prompt_token_ids"]
+        room = min(params.max_tokens, self.model_config.max_model_len - len(given))
+        output = SimpleNamespace(token_ids=self.ids(prompt, room))
+        yield SimpleNamespace(outputs=[output], prompt_token_ids=given)
 
 
 class Station:

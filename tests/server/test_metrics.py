@@ -76,7 +76,9 @@ def test_assets_within_the_limit_count_zero(registry: CollectorRegistry, metrics
     edits = [{"op": "add", "vector": name} for name in ("v", "w")]
     plan = resolve({"interventions": edits}, vector("v", noise(1, 8), [1]), vector("w", noise(1, 8), [1]))
     metrics.overdosed(plan, [Overdose(1, 5, 1, 0.9)], "cap")
-    found = {a: registry.get_sample_value("steersman_dosage_limited_total", {"asset": a, "action": "cap"}) for a in "vw"}
+    found = {
+        a: registry.get_sample_value("steersman_dosage_limited_total", {"asset": a, "action": "cap"}) for a in "vw"
+    }
     assert found == {"v": 0.0, "w": 5.0}
 
 

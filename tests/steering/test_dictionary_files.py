@@ -261,6 +261,32 @@ def lying(shape: str) -> bytes:
     return out.getvalue()
 
 
+def headed(header: str) -> bytes:
+    """An archive with one array whose header is this text."""
+    padded = header.ljust(117) + "\n"
+    entry = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(padded)) + padded.encode() + b"\0" * 64
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("W_enc.npy", entry)
+    return out.getvalue()
+
+
+def packed(compression: int) -> bytes:
+    """A sound archive, packed as numpy never does: its blocks unpack whole, however large."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(npz())) as old, zipfile.ZipFile(out, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return out.getvalue()
+
+
+def twice() -> bytes:
+    out = io.BytesIO(npz())
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.writestr("b_dec", archive.read("b_dec.npy"))
+    return out.getvalue()
+
+
 def bomb() -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -278,6 +304,15 @@ def bomb() -> bytes:
         lying("(2305843009213693952, 8)"),
         lying("(-1,)"),
         bomb(),
+        packed(zipfile.ZIP_BZIP2),
+        packed(zipfile.ZIP_LZMA),
+        twice(),
+        headed("((("),
+        headed("{1: 2, 'a': 3}"),
+        headed("{[]: 1}"),
+        headed("-" * 9000 + "1"),
+        headed("{'descr': '<f4', 'fortran_order': False, 'shape': (True, 2)}"),
+        headed("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 2)}"),
         npz(W_enc=np.array([{"a": 1}], dtype=object)),
         npz(W_enc=np.zeros((D, M), dtype=np.int32)),
         npz(w_enc=np.zeros((D, M), dtype=np.float32), other=np.zeros(3, dtype=np.float32)),
@@ -287,6 +322,61 @@ def test_bad_archives_are_refused_in_words(data: bytes) -> None:
     with pytest.raises(SteeringError) as raised:
         uploads.read(data, {**NPZ, "format": "gemma_scope"})
     assert raised.value.status == 400
+
+
+def test_a_file_on_disk_goes_out_in_parts_under_our_own_metadata(tmp_path: Path) -> None:
+    foreign = {name: tensor.to(torch.bfloat16) for name, tensor in tensors().items()}
+    safetensors.torch.save_file(foreign, tmp_path / "f", {"format": "pt"})
+    made = Asset(parse_metadata(META), RowFile(tmp_path / "f"))
+    assert native.from_safetensors(native.to_safetensors(made)).sha256 == made.sha256
+
+
+def test_only_so_many_dictionaries_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steersman.steering.store.MAX_OPEN", 2)
+    store = Store(tmp_path)
+    refs = [store.add(asset(name=f"sae{i}")) for i in range(6)]
+    store.get(refs[0])
+    before = len(os.listdir("/proc/self/fd"))
+    for ref in refs:
+        store.get(ref)
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    assert store.get(refs[5]) is store.get(refs[5])
+
+
+def test_what_is_read_of_an_unhashed_file_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steersman.steering.store.HASHED_BYTES", 0)
+    ref = Store(tmp_path).add(asset())
+    found = Store(tmp_path).get(ref)
+    [path] = tmp_path.glob("sae/*/tensors.safetensors")
+    assert isinstance(found.tensors, RowFile)
+    for name, read in (
+        ("encoder", dictionaries.reads),
+        ("b_enc", dictionaries.reads),
+        ("decoder", dictionaries.writes),
+    ):
+        sound = path.read_bytes()
+        spec = found.tensors.specs[name]
+        at = spec.start + 4 * spec.nbytes // (4 * M)  # the row of feature 1
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(struct.pack("<f", float("nan")))
+        with pytest.raises(AssetCorrupt, match=name):
+            read(found, [1])
+        read(found, [0])
+        path.write_bytes(sound)
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(AssetCorrupt, match="cut short"):
+        dictionaries.reads(found, [M - 1])
+
+
+def test_a_stored_hash_is_a_hash(tmp_path: Path) -> None:
+    """It names files in the cache folder, so nothing else may stand there."""
+    ref = Store(tmp_path).add(asset())
+    [path] = tmp_path.glob("sae/*/asset.json")
+    text = path.read_text()
+    path.write_text(text.replace(json.loads(text)["stored"]["sha256"], ref.partition("@")[2] + "/../../out"))
+    with pytest.raises(AssetCorrupt, match="damaged"):
+        Store(tmp_path).info(ref)
 
 
 def test_our_own_file_is_read_where_it_lies(tmp_path: Path) -> None:

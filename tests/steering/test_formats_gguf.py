@@ -205,6 +205,19 @@ def test_counts_that_lie_cost_nothing(body: bytes) -> None:
     assert time.monotonic() - start < 5
 
 
+def test_tensors_at_one_place_are_not_copied_out_many_times() -> None:
+    """Each lies within the file, all together do not: a file of a few MiB would become terabytes."""
+    layers, length = 8, 1 << 10
+    head = b"GGUF" + struct.pack("<IQQ", 3, layers, 1)
+    head += field(b"general.architecture", 8, struct.pack("<Q", 13) + b"controlvector")
+    for layer in range(layers):
+        name = b"direction.%d" % layer
+        head += struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, length, 0, 0)
+    head += b"\0" * (-len(head) % 32)
+    with pytest.raises(UploadMalformed, match="more than it holds"):
+        from_gguf(head + bytes(4 * length), name="x", model=ModelRef(id="tiny", n_layers=8, d_model=length))
+
+
 def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     for call in (lambda: from_gguf(WHOLE), lambda: to_gguf(make())):

@@ -67,6 +67,13 @@ def test_truncated_files_are_refused_in_words(cut: int) -> None:
         native.from_safetensors(whole[: len(whole) - 1 - cut])
 
 
+def test_a_header_without_metadata_is_refused_in_words() -> None:
+    header = json.dumps({"__metadata__": None, "v": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    with pytest.raises(InvalidRequest) as raised:
+        native.from_safetensors(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert raised.value.param == "metadata"
+
+
 def test_nested_lists_are_float32() -> None:
     asset = native.from_json({**META, "tensors": {"vectors": [[1, 2, 3], [4, 5, 6.5]]}})
     assert torch.equal(asset.tensors["vectors"], torch.tensor([[1, 2, 3], [4, 5, 6.5]]))
@@ -79,6 +86,7 @@ def test_nested_lists_are_float32() -> None:
         ({"vectors": 3}, InlineMalformed, "tensors.vectors"),
         ({"vectors": [[1, 2], [3]]}, InlineMalformed, "tensors.vectors"),
         ({"vectors": ["a"]}, InlineMalformed, "tensors.vectors"),
+        ({"vectors": [[10**400, 1, 2]]}, InlineMalformed, "tensors.vectors"),
         ({"vectors": {"shape": [2, 3], "data": "", "q": 1}}, UnknownField, "tensors.vectors.q"),
         ({"vectors": {"shape": [2, 3]}}, InlineMalformed, "tensors.vectors.data"),
         ({"vectors": {"shape": [2, 3], "data": "?"}}, InlineMalformed, "tensors.vectors.data"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from steersman.steering import labels
 from steersman.steering.assets import Asset, parse_metadata
-from steersman.steering.errors import InvalidRequest
+from steersman.steering.errors import InvalidRequest, StoreUnavailable
 from steersman.steering.formats import native
 from steersman.steering.labels import Labels
 
@@ -86,6 +86,43 @@ def test_a_dictionary_without_labels_has_none(tmp_path: Path) -> None:
 )
 def test_the_forms_of_a_file(text: str) -> None:
     assert {i: t for i, t in labels.parse_text(text).items() if t} == {0: "a", 5: "b"}
+
+
+def test_lines_of_a_file_end_where_json_lines_do() -> None:
+    """JSON texts may hold other separators of lines as they are."""
+    assert labels.parse_text('{"index": 0, "description": "a\u2028b\x85c"}\r\n{"index": 5, "description": "b"}') == {
+        0: "a\u2028b\x85c",
+        5: "b",
+    }
+    assert labels.parse_text('{"index": "5", "description": "b"}\n') == {5: "b"}
+
+
+@pytest.mark.parametrize("damage", ["empty", "noise", "gone"])
+def test_an_index_that_is_damaged_is_made_again(damage: str, tmp_path: Path) -> None:
+    made = Labels(asset(TEXTS), tmp_path)
+    if damage == "gone":
+        made.path.unlink()
+    else:
+        made.path.write_bytes(b"" if damage == "empty" else b"\xff" * 8192)
+    assert made.search("french", 5, 0) == ([labels.Labelled(0, TEXTS[0])], 1)
+    assert Labels(asset(TEXTS), tmp_path).search("eiffel", 5, 0)[1] == 1
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "steersman").write_text("in the way")
+    with pytest.raises(StoreUnavailable, match="cache") as raised:
+        Labels(asset(TEXTS), tmp_path)
+    assert str(tmp_path) not in raised.value.message
+
+
+@pytest.mark.parametrize("ends", [[2, 1, 4], [-1, 2, 4], [1, 2, 3], [1, 2, 2**62]])
+def test_ends_that_are_none(ends: list[int]) -> None:
+    """Overlapping texts would make an index far larger than the file."""
+    tensors = {"decoder": torch.ones(3, 3), "b_dec": torch.zeros(3), "labels": torch.full((4,), 65, dtype=torch.uint8)}
+    with pytest.raises(InvalidRequest) as raised:
+        Asset(parse_metadata(META), {**tensors, "label_ends": torch.tensor(ends)})
+    assert raised.value.param == "tensors.label_ends"
+    Asset(parse_metadata(META), {**tensors, "label_ends": torch.tensor([0, 2, 4])})
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 
 from steersman.kernels.program import NEVER
+from steersman.steering import dictionaries
 from steersman.steering.assets import Asset
 from steersman.steering.errors import (
     AssetKindMismatch,
@@ -15,6 +17,7 @@ from steersman.steering.errors import (
     GateOrder,
     InvalidRequest,
     LayerMissing,
+    NonFinite,
     OutOfRange,
     SteeringError,
     UnknownAsset,
@@ -90,6 +93,36 @@ def test_a_rescaled_dictionary_adds_in_units_of_the_norm() -> None:
     [[block]] = solve({**FEATURE, "dictionary": "normed", "mode": "add"}).blocks.values()
     assert block.relative
     torch.testing.assert_close(block.write.to_dense(), NORMED.tensors["decoder"][4:5] / D**0.5)
+
+
+@pytest.mark.parametrize("normalize", ["constant_norm_rescale", "layer_norm"])
+def test_a_transcoder_normalises_what_it_reads_and_not_what_it_writes(normalize: str) -> None:
+    about = {"architecture": "standard", "site": "mlp_out", "read_site": "mlp_in", "apply_b_dec_to_input": False}
+    coder = sae("coder", normalize=normalize, **about)
+    feature = {**FEATURE, "dictionary": "coder", "mode": "add"}
+    [[block]] = resolve({"interventions": [feature]}, coder).blocks.values()
+    assert block.is_constant
+    torch.testing.assert_close(block.constant, 3.0 * coder.tensors["decoder"][4])
+    acts, x = noise(5, M, seed=8), noise(5, D, seed=9)
+    torch.testing.assert_close(
+        dictionaries.decode(coder, acts, x), acts @ coder.tensors["decoder"] + coder.tensors["b_dec"]
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"r_mag": 100.0}, {"r_mag": 800.0}, {"b_gate": 3e38, "r_mag": 5.0}, {"input_scale": 1e300}]
+)
+def test_an_encoder_beyond_float32_is_refused(change: dict[str, float]) -> None:
+    """An infinite row would turn the whole stream into NaN."""
+    numbers = {"b_gate": 0.0, "b_mag": 0.0, "r_mag": 0.0} | {k: v for k, v in change.items() if k != "input_scale"}
+    tensors = {n: torch.full((M,), -v if n == "b_gate" else v) for n, v in numbers.items()}
+    tensors |= {"decoder": noise(M, D), "b_dec": torch.zeros(D), "encoder": noise(M, D)}
+    fields = {"input_scale": change["input_scale"]} if "input_scale" in change else {}
+    gated = asset("gated", "dictionary", tensors, layer=2, architecture="gated", **fields)
+    with pytest.raises(NonFinite):
+        resolve({"probes": [{"dictionary": "gated", "index": 0}]}, gated)
+    with pytest.raises(NonFinite):
+        resolve({"interventions": [{**FEATURE, "dictionary": "gated"}]}, gated)
 
 
 def test_the_dictionarys_place_and_tokens_are_the_default() -> None:
@@ -171,7 +204,8 @@ def test_what_is_wrong_is_named(change: dict[str, Any], error: type[SteeringErro
     with pytest.raises(error) as raised:
         solve(asked)
     start = "steering.interventions[0]"
-    assert (raised.value.param or "").startswith(f"{start}.{field}" if field else start)
+    wanted = re.escape(f"{start}.{field}" if field else start)
+    assert re.match(rf"{wanted}(\W|$)", raised.value.param or ""), raised.value.param
     assert 400 <= raised.value.status < 500
 
 

@@ -3,19 +3,21 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from steersman.server.engine import runtime as module
 from steersman.server.engine.device import DevicePlans
 from steersman.server.engine.monitor import Monitor
-from steersman.server.engine.runtime import Runtime
+from steersman.server.engine.resident import Resident, Shard
+from steersman.server.engine.runtime import Runtime, Scheduled
 from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import Site
 from tests.kernels import table_reader
 from tests.server.engine.plans import KINDS, add, plan
 from tests.server.engine.toy import POST, PRE, Piece, Toy, alone, report
-from tests.steering.library import LAYERS, plan_of
+from tests.steering.library import LAYERS, WIDTHS, inline, noise, plan_of
 
 PLACES = [Place(layer, site) for layer in range(LAYERS) for site in (PRE, POST)]
 PROMPT = [3, 5, 9, 4, 1, 12, 2, 20]
@@ -185,3 +187,83 @@ def test_sites_of_a_pass_name_its_level() -> None:
     toy.run(Piece("post", 0, PROMPT))
     toy.run(Piece("post", 0, PROMPT), Piece("pre", 0, PROMPT))
     assert seen == [{POST}, {PRE, POST}]
+
+
+def test_entries_of_a_plan_that_is_gone_are_not_named_again() -> None:
+    """Also by a pass in which nothing is edited on the device, which looks like the very first one."""
+    runtime = on_device(limit=1)
+    toy, device = Toy(runtime), device_of(runtime)
+    toy.add("gone", plan_of(add(0, 1)), PROMPT)
+    toy.run(Piece("gone", 0, PROMPT))
+    resident = runtime.requests["gone"].resident
+    assert resident is not None
+    runtime.remove_request("gone")
+    runtime.plans.release([resident.plan.id], "http")
+    toy.add("later", plan_of(add(1, 1, tokens="generated")), PROMPT)
+    sites: list[frozenset[Site]] = []
+    plain = device.lay_out
+    device.lay_out = lambda runs: (plain(runs), sites.append(device.sites))[0]  # type: ignore[method-assign,func-returns-value]
+    toy.run(Piece("later", 0, PROMPT))
+    assert sites == [frozenset()]
+    assert set(device.entries.tolist()) == {-1}
+
+
+def test_what_a_batch_that_did_not_fit_left_is_not_edited() -> None:
+    runtime = on_device(plans=1)
+    toy = Toy(runtime)
+    for i in range(3):
+        toy.add(f"r{i}", plan_of(add(i, 1)), PROMPT)
+    toy.add("gated", plan("token-gate"), PROMPT)
+    toy.run(Piece("r0", 0, PROMPT))
+    toy.run(*(Piece(f"r{i}", 0, PROMPT) for i in range(3)))
+    out = toy.run(Piece("gated", 0, PROMPT))["gated"]
+    torch.testing.assert_close(out, alone(plan("token-gate"), PROMPT, P))
+
+
+def test_layers_of_other_pipeline_stages_are_left_to_them() -> None:
+    its_plan = plan_of(add(0, "all"))
+    runtime = Runtime()
+    mine = [place for place in PLACES if place.layer < 2]
+    cpu = torch.device("cpu")
+    runtime.use_device(DevicePlans(table_reader.edit, mine, {}, cpu, rows=64, plans=4, nbytes=2**20))
+    toy, other = Toy(runtime), Toy(Runtime())
+    toy.add("r", its_plan, PROMPT)
+    other.add("r", plan_of(add(0, [0, 1])), PROMPT)
+    torch.testing.assert_close(toy.run(Piece("r", 0, PROMPT)), other.run(Piece("r", 0, PROMPT)))
+    assert report(runtime, "r")["error"] is None
+
+
+def test_pipeline_stages_agree_on_what_needs_the_host() -> None:
+    """One has the layer that the plan reads a shard of, the other has another layer of that kind."""
+    ablated = {"op": "ablate", "vector": inline(noise(WIDTHS[Site.MLP_POST])), "layers": 1, "site": "mlp_post"}
+    its_plan = plan_of(ablated)
+    taken = []
+    for layer in (1, 2):
+        place = Place(layer, Site.MLP_POST)
+        shards = {place: Shard(0, WIDTHS[Site.MLP_POST] // 2, WIDTHS[Site.MLP_POST])}
+        cpu = torch.device("cpu")
+        device = DevicePlans(table_reader.edit, [place], shards, cpu, rows=8, plans=2, nbytes=2**16)
+        taken.append(device.takes(Resident(its_plan, 1, shards)))
+    assert taken == [False, False]
+
+
+@pytest.mark.usefixtures("eager")
+def test_graphs_can_be_captured_after_a_pass_that_was_measured() -> None:
+    runtime = on_device()
+    toy = Toy(runtime)
+    toy.add("r", plan_of(add(0, 1)), PROMPT)
+    toy.run(Piece("r", 0, PROMPT))
+    with runtime.capturing({POST}):
+        runtime.apply(PLACES[1], torch.zeros(4, 8))
+
+
+def test_a_pass_that_needs_the_host_and_replays_a_graph_fails_its_requests() -> None:
+    runtime = on_device()
+    toy = Toy(runtime)
+    for name in ("add", "token-gate"):
+        toy.add(name, plan(name), PROMPT)
+    batch = [Scheduled(name, 0, i * P, P) for i, name in enumerate(("add", "token-gate"))]
+    runtime.begin(batch, lambda row, count: np.asarray(PROMPT[:count]), replayed=True)
+    runtime.end()
+    assert report(runtime, "add")["error"] is None
+    assert "needs the host" in report(runtime, "token-gate")["error"]

@@ -10,6 +10,7 @@ from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphWrapper
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.config import CUDAGraphMode
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+from vllm.v1.worker.gpu import cudagraph_utils
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
@@ -148,8 +149,9 @@ def test_every_graph_is_captured_at_every_level(levels: graphs.Levels) -> None:
 
 
 def test_contract_v1_captures_and_dispatches_by_these() -> None:
-    assert parameters(RunnerV1._capture_cudagraphs)[1:3] == ["batch_descriptors", "cudagraph_runtime_mode"], LOOK
     assert "_capture_cudagraphs" in calls(RunnerV1.capture_model), LOOK
+    for caller in (RunnerV1._capture_cudagraphs, RunnerV1.profile_cudagraph_memory):
+        assert "_warmup_and_capture" in calls(caller), LOOK
     assert "valid_modes" in parameters(CudagraphDispatcher.dispatch), LOOK
     assert "cudagraph_dispatcher" in assigned(RunnerV1), LOOK
     steps = calls(RunnerV1.execute_model)
@@ -160,6 +162,8 @@ def test_contract_v1_captures_and_dispatches_by_these() -> None:
 
 def test_contract_v2_captures_and_dispatches_by_these() -> None:
     assert "cudagraph_manager.capture" in calls(RunnerV2.capture_model), LOOK
+    assert "capture_model(profile_only=True)" in inspect.getsource(cudagraph_utils.profile_cudagraph_memory), LOOK
+    assert "self._capture_mem_samples.append(" in inspect.getsource(CudaGraphManager.capture), LOOK
     source = inspect.getsource(RunnerV2.execute_model)
     order = [source.index(s) for s in ("self.add_requests(", "dispatch_cg_and_sync_dp(", "self.prepare_inputs(")]
     assert order == sorted(order), LOOK
@@ -180,8 +184,18 @@ class Dispatcher:
 class RunnerOne:
     def __init__(self) -> None:
         self.cudagraph_dispatcher = Dispatcher()
+        self.captured: list[tuple[int, str]] = []
 
-    def _capture_cudagraphs(self) -> None: ...
+    def _warmup_and_capture(self, shape: str, cudagraph_runtime_mode: CUDAGraphMode) -> None:
+        self.captured.append((graphs.levels.current, shape))
+
+
+def test_v1_captures_a_shape_at_every_level_also_to_measure_its_memory(levels: graphs.Levels) -> None:
+    runner = RunnerOne()
+    graphs.attach_v1(runner, Log().capturing)
+    for shape in ("large", "small"):
+        runner._warmup_and_capture(shape, cudagraph_runtime_mode=FULL)
+    assert runner.captured == [(level, shape) for shape in ("large", "small") for level in (2, 1, 0)]
 
 
 def test_v1_runs_a_step_that_needs_the_host_without_a_graph(levels: graphs.Levels) -> None:
@@ -195,12 +209,15 @@ def test_v1_runs_a_step_that_needs_the_host_without_a_graph(levels: graphs.Level
 
 class Manager:
     _graphs_captured = True
+    _capture_mem_samples: list[int] | None = None
 
     def __init__(self) -> None:
         self.captured: list[int] = []
 
     def capture(self) -> None:
         self.captured.append(graphs.levels.current)
+        if self._capture_mem_samples is not None:
+            self._capture_mem_samples += [100 * graphs.levels.current, 10 + graphs.levels.current]
 
     def dispatch(self, num_tokens: int) -> Any:
         class Shape:
@@ -230,3 +247,15 @@ def test_v2_runs_a_step_that_needs_the_host_without_a_graph(levels: graphs.Level
             assert manager.dispatch(7).cg_mode == want
             assert levels.replays is (want == FULL)
             assert manager._graphs_captured
+
+
+def test_v2_takes_what_a_shape_needs_at_all_levels_for_its_memory(levels: graphs.Levels) -> None:
+    runner, samples = RunnerTwo(), list[int]()
+    graphs.attach_v2(runner, Log().capturing)
+    runner.initialize_kv_cache()
+    manager = runner.cudagraph_manager
+    assert manager is not None
+    manager._capture_mem_samples = samples  # vLLM keeps the list itself
+    manager.capture()
+    assert samples == [300, 33]
+    assert cudagraph_utils._extrapolate_full_graph_memory(samples, 5) >= 300 + 4 * 33

@@ -13,11 +13,15 @@ from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.layers.row_parallel_linear import RowParallelLinearWithLoRA
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.layers.fusion.quant_activation import get_input_quant_key
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.models.llama import LlamaDecoderLayer
 
+from steersman.server.engine import hooks
 from steersman.server.engine.layers import LayerSites, decoder_layers, find_sites
+from steersman.server.engine.runtime import Runtime
+from steersman.steering.sites import Site
 
 LOOK = "vLLM changed what server/engine/layers.py relies on; see its docstring"
 D, HEADS, FF = 8, 12, 20
@@ -293,3 +297,17 @@ def test_a_forward_of_an_instance_is_still_there_afterwards() -> None:
     before = {name: child.__dict__["forward"] for name, child in layer.named_children()}
     find_sites(layer, D)
     assert {name: child.__dict__.get("forward") for name, child in layer.named_children()} == before
+
+
+@pytest.mark.parametrize("site", [Site.ATTN_Z, Site.MLP_POST])
+def test_a_projection_whose_input_is_hooked_is_not_given_a_quantized_one(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks, "_runtime", None)  # put back afterwards
+    layer = PreNormFused()
+    projections = {Site.ATTN_Z: layer.self_attn.o_proj, Site.MLP_POST: layer.mlp.down_proj}
+    for linear in projections.values():
+        linear._input_quant_key = "fp8"  # what its kernel could take
+    hooks.install([(0, layer)], D, Runtime(), frozenset({site}))
+    for at, linear in projections.items():
+        assert get_input_quant_key(linear) == (None if at is site else "fp8")

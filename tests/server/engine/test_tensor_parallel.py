@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from steersman.server.engine.device import DevicePlans
 from steersman.server.engine.resident import Shard
 from steersman.server.engine.runtime import Runtime, Scheduled
 from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import Site
+from tests.kernels import table_reader
 from tests.server.engine.plans import add, sideways
 from tests.server.engine.toy import args
 from tests.steering.library import D_FF, D_HEAD, HEADS, WIDTHS, D, inline, noise, plan_of
@@ -68,13 +70,18 @@ def start(runtime: Runtime, its_plan: Plan) -> Runtime:
     return runtime
 
 
-def in_two(its_plan: Plan, inputs: dict[Place, Tensor]) -> tuple[list[dict[Place, Tensor]], list[Any], Ranks]:
+def in_two(
+    its_plan: Plan, inputs: dict[Place, Tensor], on_device: bool = False
+) -> tuple[list[dict[Place, Tensor]], list[Any], Ranks]:
     ranks, out, reports = Ranks(), [{}, {}], [None, None]  # type: ignore[var-annotated]
 
     def run(rank: int) -> None:
         shards = {place: Shard(rank * half, (rank + 1) * half, 2 * half) for place, half in HALF.items()}
         runtime = Runtime(reduce=ranks.reduce(rank))
         runtime.shard(shards)
+        if on_device:
+            cpu = torch.device("cpu")
+            runtime.use_device(DevicePlans(table_reader.edit, list(inputs), shards, cpu, rows=N, plans=2, nbytes=2**18))
         start(runtime, its_plan)
         mine = {p: x[:, shards[p].start : shards[p].stop] if p in shards else x for p, x in inputs.items()}
         out[rank] = passes(runtime, its_plan, mine)
@@ -155,3 +162,22 @@ def test_places_that_every_rank_has_are_summed_by_nobody() -> None:
     assert ranks.sums == [[], []]
     assert torch.equal(a[POST], b[POST])
     assert a[POST].shape == (N, D)
+
+
+@pytest.mark.parametrize("name", ["plain adds", "columns"])
+def test_two_ranks_on_devices_measure_what_one_does(name: str) -> None:
+    its_plan = plan_of(*CASES[name])
+    inputs = {place: activations(place, seed) for seed, place in enumerate((Z, NEURONS))}
+    alone = start(Runtime(), its_plan)
+    want = passes(alone, its_plan, inputs)
+    (wanted,) = alone.reports(["r"])["r"]
+    (a, b), reports, ranks = in_two(its_plan, inputs, on_device=True)
+
+    assert ranks.sums[0] == ranks.sums[1]
+    assert wanted["relative"]
+    for place in inputs:
+        torch.testing.assert_close(torch.cat([a[place], b[place]], dim=1), want[place], rtol=1e-5, atol=1e-5)
+    for found in reports:
+        assert found["error"] is None
+        for one, other in zip(found["relative"], wanted["relative"], strict=True):
+            assert one == pytest.approx(other, rel=1e-4, abs=1e-5)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 import struct
 import zlib
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from steersman.server.policies.pictures import Limits, picture
 from steersman.steering.errors import InvalidRequest, PayloadTooLarge
@@ -17,14 +19,22 @@ from tests.server.robots import SCENE, file_of, text_of
 LIMITS = Limits(bytes=1 << 20, pixels=16_000_000)
 
 
-def png_that_says(width: int, height: int) -> bytes:
-    """A PNG of 60 bytes whose header claims any size."""
+def png(header: tuple[int, ...], *chunks: tuple[bytes, bytes]) -> bytes:
+    """``header``: width, height, bits, kind of colour."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", *header, 0, 0, 0)), *chunks, (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts)
+
+
+def png_that_says(width: int, height: int) -> bytes:
+    """A PNG of 60 bytes whose header claims any size."""
+    return png((width, height, 8, 2), (b"IDAT", zlib.compress(b"")))
+
+
+PIXEL = (b"IDAT", zlib.compress(bytes(2)))
 
 
 @pytest.mark.parametrize("given", [SCENE, file_of(SCENE), text_of(SCENE)])
@@ -42,6 +52,15 @@ def test_grey_and_transparent_files_become_rgb() -> None:
     np.testing.assert_array_equal(picture(file_of(grey), LIMITS, "x"), np.repeat(grey[..., None], 3, 2))
     clear = np.dstack([SCENE, np.zeros(SCENE.shape[:2], np.uint8)])
     np.testing.assert_array_equal(picture(file_of(clear), LIMITS, "x"), SCENE)
+
+
+def test_a_camera_that_says_how_it_was_held() -> None:
+    about = Image.Exif()
+    about[274] = 6  # turned by a quarter
+    for kind in ("PNG", "JPEG"):
+        out = io.BytesIO()
+        Image.fromarray(np.full((16, 8, 3), (200, 30, 90), np.uint8)).save(out, kind, exif=about)
+        assert picture(out.getvalue(), LIMITS, "x").shape == (8, 16, 3)
 
 
 def test_one_pixel_is_a_picture() -> None:
@@ -65,6 +84,9 @@ def test_one_pixel_is_a_picture() -> None:
         (file_of(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))[:-600], "cannot be read"),
         (b"", "cannot be read"),
         (png_that_says(0, 5), "cannot be read"),
+        (png((1, 1, 8, 0), PIXEL, (b"iCCP", b"x")), "cannot be read"),  # PIL: IndexError
+        (png((1, 1, 8, 3), (b"tRNS", b"\0"), PIXEL), "cannot be read"),  # no table of colours: AssertionError
+        (file_of(SCENE[:, :, 0].astype(np.uint16) * 900), "has 16 bits"),
         (None, "in base64, or a uint8 array"),
         (7, "in base64, or a uint8 array"),
         ({"url": "http://x"}, "in base64, or a uint8 array"),

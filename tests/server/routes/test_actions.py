@@ -16,6 +16,7 @@ from prometheus_client import generate_latest
 from steersman.clients import arrays
 from steersman.server.engine.frontend import TicketKey
 from steersman.server.engine.intake import FIELD
+from steersman.server.policies.openvla import PROMPT
 from tests.server.policies.test_openvla import expected
 from tests.server.robots import ADD, IDS, KEY, OPENVLA, SCENE, STATS, Station, file_of, text_of
 
@@ -104,6 +105,7 @@ BAD = [
     (body(images=[text_of(np.zeros((4320, 7680, 3), np.uint8))]), (413, "payload_too_large", "images[0]")),
     (body(instruction=...), (400, "invalid_steering", "instruction")),
     (body(instruction=" "), (400, "invalid_steering", "instruction")),
+    (body(instruction="go \ud800"), (400, "invalid_steering", "instruction")),
     (body(instruction=["go"]), (400, "invalid_steering", "instruction")),
     (body(state=[1.0, math.nan]), (400, "non_finite", "state")),
     (body(state=[math.inf]), (400, "non_finite", "state")),
@@ -173,6 +175,16 @@ def test_what_the_models_processor_refuses_is_the_clients_error(station: Station
 def test_too_few_tokens_are_an_error(station: Station) -> None:
     station.engine.ids = lambda prompt, n: IDS[: n - 1]
     assert refused(station.http.post("/v1/actions", json=body()))[:2] == (500, "engine_unsteered")
+
+
+def test_a_prompt_that_leaves_no_room_for_the_actions_is_the_clients_error(station: Station) -> None:
+    length = len(station.app.state.steersman_robots.policy.tokenizer.encode(PROMPT.format(instruction="go"))) + 1
+    station.engine.model_config.max_model_len = length + len(IDS)
+    assert station.http.post("/v1/actions", json=body()).status_code == 200
+    station.engine.model_config.max_model_len -= 1
+    answer = station.http.post("/v1/actions", json=body())
+    assert refused(answer) == (400, "invalid_steering", "instruction")
+    assert f"{length} tokens leave no room for 7" in answer.json()["error"]["message"]
 
 
 def test_an_engine_that_fails(station: Station) -> None:
@@ -245,6 +257,21 @@ def test_a_client_that_vanishes_stops_the_engine(station: Station) -> None:
     assert station.idle()
 
 
+@pytest.mark.parametrize("path", ["/v1/actions", "/act"])
+def test_a_client_that_vanishes_while_it_sends_is_no_failure(station: Station, path: str) -> None:
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    statuses: list[int] = []
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status", 0))
+
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": [], "http_version": "1.1"}
+    asyncio.run(station.app(scope, receive, send))
+    assert statuses[0] == 499
+
+
 async def _ignore(message: Any) -> None:
     pass
 
@@ -308,6 +335,7 @@ def test_steering_of_act(station: Station, query: Any, given: Any, tokens: int |
         ([("profile", "a"), ("profile", "b")], {}, "profile"),
         ({"profile": "gone"}, {}, "steering.profile"),
         ({}, {"unnorm_key": "libero"}, "unnorm_key"),
+        ({"unnorm_key": KEY}, {"unnorm_key": ""}, "unnorm_key"),
         ({}, {"image": ...}, "image"),
         ({}, {"image": SCENE.astype(np.float64)}, "image"),
         ({}, {"state": [1]}, "state"),

@@ -61,6 +61,24 @@ def test_the_whole_file_comes_back(tmp_path: Path) -> None:
     assert back.json()["ref"] == ref
 
 
+def test_labels_may_be_larger_than_a_part_of_a_form_is_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    http = client(frontend(tmp_path / "store"))
+    answer = post(http, labels=TEXTS, provenance={"note": "x" * (3 << 20)})
+    assert answer.status_code == 201, answer.text[:200]
+
+
+def test_a_large_one_goes_out_in_parts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steersman.server.routes.assets.MAX_WHOLE", 1000)
+    (tmp_path / "store").mkdir()
+    http = client(frontend(tmp_path / "store"))
+    ref = post(http).json()["ref"]
+    refused = http.get(f"/v1/steering/assets/{ref}?format=json")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (413, "format")
+    assert http.get(f"/v1/steering/assets/{ref}?format=safetensors").status_code == 200
+    assert http.get("/v1/steering/assets/v?format=json").status_code == 200
+
+
 @pytest.mark.parametrize(
     ("path", "param"),
     [
@@ -83,6 +101,8 @@ def test_bad_searches_name_their_field(tmp_path: Path, path: str, param: str) ->
     ("changes", "param"),
     [
         ({"format": "nonsense"}, "format"),
+        ({"format": ["saelens"]}, "format"),
+        ({"config": {**CONFIG, "architecture": "topk", "k": 10**400}}, "config.k"),
         ({"config": {**CONFIG, "architecture": "temporal"}}, "config.architecture"),
         ({"labels": {"99": "too far"}}, "labels"),
         ({"labels": 3}, "labels"),
@@ -128,4 +148,6 @@ def test_the_command_line_adds_folders_with_labels(tmp_path: Path, capsys: pytes
     (bad / "cfg.json").write_text(json.dumps(CONFIG))
     assert cli.main([*store, "add", str(bad), "--kind", "dictionary", "--name", "b", "--metadata", metadata]) == 1
     assert "NaN" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--kind dictionary"):
+        cli.main([*store, "add", str(bad / "sae_weights.safetensors"), "--labels", str(tmp_path / "labels.json")])
     assert len(list((tmp_path / "store").iterdir())) == 1

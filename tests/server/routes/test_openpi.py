@@ -20,6 +20,8 @@ from steersman.clients.robot import HttpRobot, SocketRobot
 from steersman.clients.sdk import SteersmanError
 from steersman.server.engine.intake import FIELD
 from steersman.server.policies.openvla import PROMPT
+from steersman.server.policies.pictures import Limits
+from steersman.server.routes.observations import Defaults, openpi, unpacked
 from tests.server.robots import ADD, IDS, KEY, SCENE, Station, listening
 from tests.server.routes.test_actions import WANTED
 
@@ -155,6 +157,14 @@ def test_the_names_of_other_robots(make: Make, names: tuple[str, str], state: in
     np.testing.assert_array_equal(np.asarray(harbour.station.engine.prompts[0]["multi_modal_data"]["image"][0]), SCENE)
 
 
+@pytest.mark.parametrize("gripper", [np.array([0.5]), np.array(0.5), np.float32(0.5), 0.5, [0.5]])
+def test_the_state_is_joined(gripper: Any) -> None:
+    seen = {"joints": np.arange(3), "gripper": gripper, "prompt": "go", "image": SCENE}
+    found = openpi(unpacked(arrays.pack(seen), ""), Limits(1 << 20, 1 << 20), 1, Defaults())
+    np.testing.assert_array_equal(found.observation.state, [0, 1, 2, 0.5])
+    assert found.ignored == ()
+
+
 def test_healthz(make: Make) -> None:
     answer = make().station.http.get("/healthz")
     assert (answer.status_code, answer.text) == (200, "OK\n")
@@ -188,6 +198,8 @@ def test_steering_of_the_query_of_a_session_and_of_one_observation(make: Make) -
         ("steering=%7B", 400, "steering"),
         ("profile=gone", 404, "steering.profile"),
         ("temperature=1", 400, "temperature"),
+        ("unnorm_key=gone", 400, "unnorm_key"),
+        ("steering=%7B%22stream_probes%22:true%7D", 400, "steering.stream_probes"),
     ],
 )
 def test_a_robot_with_wrong_steering_does_not_connect(make: Make, query: str, status: int, param: str) -> None:
@@ -227,6 +239,8 @@ BAD = [
     (arrays.pack({**SEEN, "session": {}}), "invalid_steering", "session"),
     (arrays.pack({"session": {"profile": "calm"}}), "unknown_field", "session.profile"),
     (arrays.pack({"session": {"unnorm_key": 7}}), "invalid_steering", "session.unnorm_key"),
+    (arrays.pack({"session": {"unnorm_key": "gone"}}), "invalid_steering", "session.unnorm_key"),
+    (arrays.pack({"session": {"steering": {"profile": "gone"}}}), "asset_not_found", "session.steering.profile"),
 ]
 
 
@@ -240,6 +254,15 @@ def test_errors_are_text_then_1011_and_others_go_on(make: Make) -> None:
             assert failed(socket) == (code, param), frame[:80]
             np.testing.assert_array_equal(neighbour.infer(SEEN).actions, before)
     assert harbour.station.idle()
+    errors = harbour.station.app.state.steersman.metrics.store_errors
+    assert errors.labels("asset_not_found")._value.get() == sum(code == "asset_not_found" for _, code, _ in BAD)
+
+
+def test_errors_have_a_size(make: Make) -> None:
+    about = {b"__ndarray__": True, b"data": b"", b"dtype": "x" * 100_000, b"shape": [0]}
+    socket = make().raw()
+    socket.send(arrays.pack({**SEEN, "observation/image": about}))
+    assert len(socket.recv(5)) < 1000
 
 
 def test_an_engine_that_fails_tells_no_internals(make: Make) -> None:
