@@ -1,6 +1,6 @@
 """The dashboards' pictures in the docs: a real server under load, a real Prometheus, and what it answers.
 
-    python -m benchmarks.dashboards [--minutes 4] [--out docs/images]
+    python -m benchmarks.dashboards [--minutes 3] [--out docs/images]
 
 Everything runs on this machine: a tiny robot policy with the traffic of the end-to-end tests, and the ``prometheus``
 on the PATH (Debian's package), which scrapes it every second. No Grafana: :mod:`deploy.grafana.render` draws.
@@ -24,7 +24,7 @@ LARGEST = 250_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the dashboards of a real server under load.")
-    parser.add_argument("--minutes", type=float, default=4, help="of traffic, all of which is drawn")
+    parser.add_argument("--minutes", type=float, default=3, help="of traffic, all of which is drawn")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     arguments = parser.parse_args()
     if shutil.which("prometheus") is None:

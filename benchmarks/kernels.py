@@ -33,7 +33,6 @@ PLACES = 32
 PLANS = 256
 REPLAYS = 30
 LIMITED_BY_MEMORY = 4096  # rows from which the bandwidth is worth telling
-GOALS = {"bandwidth": 0.8, "microseconds": 3.0}  # of a copy's at prefill shapes; per place at decode shapes
 
 
 def cases(width: int) -> dict[str, list[Program]]:

@@ -42,7 +42,8 @@ def _serving(name: str, found: Mapping[str, Any]) -> str:
     )
     about = (
         f"`python -m benchmarks.serving{options} --name {name}`: {found['model']} on {_machine(found)}, "
-        f"{s['pairs']} pairs, {s['prompts']} requests of {s['input_len']} + {s['output_len']} tokens, {s['concurrency']} at once."
+        f"{s['pairs']} pairs, {s['prompts']} requests of {s['input_len']} + {s['output_len']} tokens, "
+        f"{s['concurrency']} at once."
     )
     figures = ("output_throughput", "median_itl_ms", "p99_itl_ms", "median_ttft_ms")
     rows = [[case, *(_spread(r[f]) for f in figures)] for case, r in found["cases"].items()]

@@ -20,9 +20,10 @@ BY_SPEED = ("cuda", "triton")
 """In the order in which ``auto`` tries them."""
 
 
-def choose(device: torch.device, asked: str | None = None) -> Any | None:
+def choose(device: torch.device, asked: str | None = None, width: int = 1) -> Any | None:
     """The ``edit`` function for ``device``; None for ``host``, and on a CPU, which has kernels of its own.
 
+    width: of the widest rows that it will be given.
     Raises ValueError for an unknown name and RuntimeError when a kernel was asked for by name and does not work.
     """
     asked = asked or os.environ.get(VARIABLE, "auto")
@@ -33,7 +34,7 @@ def choose(device: torch.device, asked: str | None = None) -> Any | None:
     failures = []
     for name in BY_SPEED if asked == "auto" else (asked,):
         try:
-            return _prepared(name, device)
+            return _prepared(name, device, width)
         except Exception as error:  # whatever a driver, a compiler or a missing package raises
             failures.append(f"{name}: {error}")
     if asked != "auto":
@@ -42,7 +43,7 @@ def choose(device: torch.device, asked: str | None = None) -> Any | None:
     return None
 
 
-def _prepared(name: str, device: torch.device) -> Any:
+def _prepared(name: str, device: torch.device, width: int) -> Any:
     module = importlib.import_module(f"steersman.kernels.{name}_edit")
-    module.prepare(device)
+    module.prepare(device, width)
     return module.edit

@@ -40,11 +40,11 @@ class Launcher(Protocol):
     def launch(self, name: str, grid: int, threads: int, shared: int, arguments: bytes) -> None: ...
 
 
-def prepare(device: torch.device) -> None:
-    """Compiles and loads the kernels for ``device``. Raises CudaError."""
+def prepare(device: torch.device, width: int = 1) -> None:
+    """Compiles and loads the kernels for ``device``. Raises CudaError, and ValueError for rows that are too wide."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    library(device)
+    _shared(library(device), width)
 
 
 def edit(
@@ -135,11 +135,7 @@ def _launch(
     if gates is None and tables.gates:
         raise ValueError("a program in the tables has a gated block, so gates must be given")
     on: Launcher = library(device)
-    groups = -(-width // GROUP)
-    shared = 4 * GROUP * groups
-    if shared > on.max_shared:
-        most = on.max_shared // (4 * GROUP) * GROUP
-        raise ValueError(f"x is {width} wide; a kernel on this GPU edits rows of up to {most} elements")
+    shared = _shared(on, width)
     if not rows:
         return
     residual_stride = 0 if residual is None else _rows(residual, "residual", x)
@@ -162,9 +158,18 @@ def _launch(
         *(0 if gates is None else gates.shape[1], 0 if norms is None else norms.shape[1]),
         *(gemma, eps),
     )
-    threads = min(MAX_THREADS, -(-groups // 32) * 32)
+    threads = min(MAX_THREADS, -(-width // (32 * GROUP)) * 32)
     grid = min(rows, ROWS_PER_PROCESSOR * on.processors)
     on.launch(f"{kind}_{dtype}_wide" if wide else f"{kind}_{dtype}", grid, threads, shared, arguments)
+
+
+def _shared(on: Launcher, width: int) -> int:
+    """Bytes of shared memory that a row takes."""
+    shared = 4 * GROUP * -(-width // GROUP)
+    if shared > on.max_shared:
+        most = on.max_shared // (4 * GROUP) * GROUP
+        raise ValueError(f"x is {width} wide; a kernel on this GPU edits rows of up to {most} elements")
+    return shared
 
 
 def _rows(tensor: Tensor, name: str, x: Tensor) -> int:

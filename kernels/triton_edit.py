@@ -28,13 +28,13 @@ LANES_PER_WARP = 256  # 8 elements a thread
 MAX_WARPS = 32  # a GPU's; the widest rows have more elements a thread, and spill
 
 
-def prepare(device: torch.device) -> None:
+def prepare(device: torch.device, width: int = 4) -> None:
     """Edits a row on ``device``. Raises what Triton does where it does not work, and RuntimeError on a CPU."""
     if device.type == "cpu" and not _device().triton.knobs.runtime.interpret:
         raise RuntimeError("Triton runs on a CPU only under TRITON_INTERPRET=1, set before it is imported")
     tables = Tables(1, device, entries=1, words=8, floats=4)
-    entries = torch.full((1,), tables.add({0: Program((), 4)}), dtype=torch.int32, device=device)
-    edit(torch.zeros(1, 4, device=device), None, entries, tables, 0)
+    entries = torch.full((1,), tables.add({0: Program((), width)}), dtype=torch.int32, device=device)
+    edit(torch.zeros(1, width, device=device), None, entries, tables, 0)
 
 
 def edit(

@@ -78,7 +78,9 @@ class Settings:
         """N: statistics look at every N-th forward pass; None: the worker decides."""
         if self.monitor_sample == "auto":
             return None
-        bad = ValueError(f"--steering-monitor-sample must be auto, 1/N or a fraction up to 1, not {self.monitor_sample!r}")
+        bad = ValueError(
+            f"--steering-monitor-sample must be auto, 1/N or a fraction up to 1, not {self.monitor_sample!r}"
+        )
         try:
             share = Fraction(self.monitor_sample)
         except (ValueError, ZeroDivisionError):

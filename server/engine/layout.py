@@ -5,9 +5,10 @@ A layout is made when the batch's composition changes and used for as long as it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -133,3 +134,11 @@ def group_rows(runs: Sequence[Run]) -> dict[tuple[Resident, int], Tensor]:
     for resident, mask, a, b in runs:
         ranges.setdefault((resident, mask), []).append(torch.arange(a, b))
     return {key: torch.cat(parts) for key, parts in ranges.items()}
+
+
+def runs_of(masks: NDArray[np.uint64]) -> Iterable[tuple[int, int, int]]:
+    """(mask, first, past the last) of maximal runs of equal masks that are not 0."""
+    edges = [0, *(np.flatnonzero(masks[1:] != masks[:-1]) + 1).tolist(), len(masks)]
+    for a, b in pairwise(edges):
+        if mask := int(masks[a]):
+            yield mask, a, b

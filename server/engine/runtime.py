@@ -16,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,12 +25,12 @@ from torch import Tensor
 from steersman.kernels.reference import Reduce
 from steersman.server.engine.device import DevicePlans
 from steersman.server.engine.dosage import Dosage
-from steersman.server.engine.layout import Group, Run, Work, group_rows
+from steersman.server.engine.layout import Group, Run, Work, group_rows, runs_of
 from steersman.server.engine.monitor import Monitor
 from steersman.server.engine.probing import Probing
 from steersman.server.engine.requests import Masks, RequestState, open_request
 from steersman.server.engine.resident import Resident, ResidentPlans, Shard
-from steersman.server.engine.sizes import Measured, trace
+from steersman.server.engine.sizes import Measured, add_up, trace
 from steersman.steering.plan import Place
 from steersman.steering.sites import Site
 from steersman.steering.tokens import Ints
@@ -210,7 +209,7 @@ class Runtime:
             if entry.n == 1 and owner.chosen:
                 key.append(Run(state.resident, owner.chosen, entry.row, entry.row + 1))
             elif owner.chosen:
-                key += [Run(state.resident, mask, entry.row + a, entry.row + b) for mask, a, b in _runs(owner.masks)]
+                key += [Run(state.resident, mask, entry.row + a, entry.row + b) for mask, a, b in runs_of(owner.masks)]
         if replayed:
             need_host = [o.state for o in self._owners if o.state.resident and not o.state.resident.on_device]
             _fail(need_host, "a pass that needs the host has been given a graph")
@@ -247,8 +246,7 @@ class Runtime:
 
     def _note(self) -> None:
         """What the pass has measured and read goes to the requests and into the statistics."""
-        if self._measured:
-            self._add_up()
+        add_up(self._measured, self._owners)
         trace(self._measured, self._owners)
         if self.dosage is not None:
             self.dosage.note(self._asked, self._owners)
@@ -366,26 +364,6 @@ class Runtime:
                 everyone[owner.rows, i] = values
         return everyone[torch.cat([g.rows for g in work.groups])]
 
-    def _add_up(self) -> None:
-        """Gives each request the sizes ‖Δx‖/‖x‖ of this pass: their sum and count by place and intervention."""
-        owners = self._owners
-        width = max(len(o.state.steps) for o in owners) + 1  # and one for what is not there
-        ends = np.array([o.row + o.count for o in owners])
-        sums = np.zeros((len(self._measured), 2, len(owners), width))
-        for at, (_, work, relative, gates) in zip(sums, self._measured, strict=True):
-            whose = np.searchsorted(ends, work.rows, side="right")  # index of each row's owner
-            cells = (whose[:, None] * width + work.interventions % width).ravel()
-            opened = np.ones(relative.shape)
-            if gates is not None:
-                gated = work.gates >= 0
-                opened[gated] = np.take_along_axis(gates.numpy(), work.gates.clip(0), 1)[gated] > 0
-            weights = (relative.cpu().numpy() * opened).ravel(), opened.ravel()
-            for total, weight in zip(at, weights, strict=True):
-                total += np.bincount(cells, weight, total.size).reshape(total.shape)
-        layers = tuple(place.layer for place, *_ in self._measured)
-        for i, owner in enumerate(owners):
-            owner.state.measured(layers, sums[:, :, i, : len(owner.state.steps)])
-
     def _read_gates(self, place: Place, x: Tensor, residual: Tensor | None) -> list[tuple[Owner, int, Tensor]]:
         """The gates that are read here, before this place's edits; they hold for later places only."""
         out = []
@@ -430,11 +408,3 @@ def _flat(x: Tensor) -> Tensor:
 
 def _name(place: Place) -> str:
     return f"layer {place.layer} {place.site.value}"
-
-
-def _runs(masks: Masks) -> Iterable[tuple[int, int, int]]:
-    """(mask, first, past the last) of maximal runs of equal masks that are not 0."""
-    edges = [0, *(np.flatnonzero(masks[1:] != masks[:-1]) + 1).tolist(), len(masks)]
-    for a, b in pairwise(edges):
-        if mask := int(masks[a]):
-            yield mask, a, b

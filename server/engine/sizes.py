@@ -41,6 +41,28 @@ def each(measured: Iterable[Measured]) -> Iterator[Sized]:
                     yield Sized(group.resident, place, block.intervention, rows, own)
 
 
+def add_up(measured: Sequence[Measured], owners: Sequence[Any]) -> None:
+    """Gives each request the sizes of this pass: their sum and count by place and intervention."""
+    if not measured:
+        return
+    width = max(len(o.state.steps) for o in owners) + 1  # and one for what is not there
+    ends = np.array([o.row + o.count for o in owners])
+    sums = np.zeros((len(measured), 2, len(owners), width))
+    for at, (_, work, relative, gates) in zip(sums, measured, strict=True):
+        whose = np.searchsorted(ends, work.rows, side="right")  # index of each row's owner
+        cells = (whose[:, None] * width + work.interventions % width).ravel()
+        opened = np.ones(relative.shape)
+        if gates is not None:
+            gated = work.gates >= 0
+            opened[gated] = np.take_along_axis(gates.cpu().numpy(), work.gates.clip(0), 1)[gated] > 0
+        weights = (relative.cpu().numpy() * opened).ravel(), opened.ravel()
+        for total, weight in zip(at, weights, strict=True):
+            total += np.bincount(cells, weight, total.size).reshape(total.shape)
+    layers = tuple(place.layer for place, *_ in measured)
+    for i, owner in enumerate(owners):
+        owner.state.measured(layers, sums[:, :, i, : len(owner.state.steps)])
+
+
 def trace(measured: Sequence[Measured], owners: Sequence[Any]) -> None:
     """Gives the requests that keep every token the sizes of their own. ``owners``: with state, row, count and start."""
     keeping = [o for o in owners if o.state.sizes is not None]

@@ -73,7 +73,7 @@ class WorkerSteering:
             traced = worker.vllm_config.compilation_config.mode != CompilationMode.NONE
             widths, shards = hooks.install(mine, self.d_model, self.runtime, settings.hooked_sites, traced=traced)
             self.runtime.shard(shards)
-            kernel = choice.choose(worker.device)
+            kernel = choice.choose(worker.device, width=_widest(widths, shards))
             if kernel is not None:
                 graphs.use(settings.hooked_sites)
                 self.runtime.use_device(_device_plans(kernel, worker, settings, widths, shards))
@@ -158,6 +158,13 @@ def _device_plans(
         kernel, places, shards, worker.device,
         rows=rows + PADDING, plans=settings.max_plans, nbytes=settings.plan_memory_mb * 2**20,
     )  # fmt: skip
+
+
+def _widest(widths: Mapping[Site, Mapping[int, int]], shards: Mapping[Place, Shard]) -> int:
+    """Of the rows that this rank's hooks see."""
+    whole = {Place(layer, site): width for site, by_layer in widths.items() for layer, width in by_layer.items()}
+    parts = {place: shard.stop - shard.start for place, shard in shards.items()}
+    return max((whole | parts).values(), default=1)
 
 
 def _order(place: Place) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from steersman.server.policies.policy import Picture
 from steersman.steering.errors import InvalidRequest, PayloadTooLarge, SteeringError
 
 FORMATS = ("PNG", "JPEG")
+SCANS = 50  # of a JPEG; cameras' have 1, progressive ones about 10. Each is a pass over the whole picture
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def _file(data: bytes, limits: Limits, path: str) -> Picture:
             _check_pixels(*image.size, limits, path)
             if image.mode.startswith("I"):  # the conversion would cut these to 255
                 raise InvalidRequest("has 16 bits for each pixel; send 8", path)
+            if image.format != "PNG" and data.count(b"\xff\xda") > SCANS:
+                raise InvalidRequest(f"has more than {SCANS} scans; no camera writes so many", path)
             image.load()
             with suppress(Exception):  # as vLLM does with the pictures of a chat
                 ImageOps.exif_transpose(image, in_place=True)

@@ -32,7 +32,7 @@ from steersman.steering.rows import RowFile
 from steersman.steering.store import AssetInfo, Store, parse_ref
 
 MAX_WHOLE = 64 << 20  # bytes of a file on disk that is turned into another format, in memory
-_MAX_METADATA = 64 << 20  # bytes: the labels of a large dictionary; the whole body has the server's own limit
+_MAX_METADATA = 16 << 20  # bytes: it may hold the labels of a large dictionary
 router = APIRouter(prefix="/v1/steering/assets")
 Filter = Annotated[str | None, Query()]
 Limit = Annotated[int, Query(ge=1, le=1000)]

@@ -9,7 +9,7 @@ one ``hello``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class _Stream(StreamingResponse):
                 except (TimeoutError, ClientDisconnect):
                     return  # nobody is there to be told
 
-    async def _events(self, viewer: feed.Viewer) -> AsyncIterator[bytes]:
+    async def _events(self, viewer: feed.Viewer) -> AsyncGenerator[bytes, None]:
         yield viewer.hello
         silent = 0.0
         while not viewer.dropped and not self._stopping():

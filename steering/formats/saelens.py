@@ -146,6 +146,8 @@ def to_saelens(asset: Asset) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if meta.architecture not in _NUMBERS:
         raise InvalidRequest(f"SAELens has no {meta.architecture} dictionaries, which {asset.ref} is")
     scale = meta.input_scale
+    if meta.architecture == "matching_pursuit" and scale != 1:  # its rows are of length one: nothing folds into them
+        raise InvalidRequest(f"{asset.ref} scales its input, which SAELens's matching pursuit does not")
     decoder = asset.tensors["decoder"]
     out = {
         "W_dec": decoder if scale == 1 else (decoder.double() / scale).float(),
@@ -176,7 +178,7 @@ def to_saelens(asset: Asset) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config["k"] = meta.k
     if meta.architecture == "matching_pursuit":
         config |= {
-            "residual_threshold": meta.residual_threshold / scale,
+            "residual_threshold": meta.residual_threshold,
             "max_iterations": meta.max_iterations,
             "stop_on_duplicate_support": meta.stop_on_duplicate_support,
         }

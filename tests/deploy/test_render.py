@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from matplotlib.collections import QuadMesh
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from PIL import Image
 
-from deploy.grafana.render import Source, bands, draw, legend, matrix
+from deploy.grafana.render import Source, _save, bands, draw, legend, matrix
 from tests.deploy.exporter import LAYERS
 from tests.deploy.prometheus import Prometheus, dashboards, needs_prometheus
 
@@ -103,6 +106,25 @@ def test_a_heat_map_of_nothing_but_zero_has_the_colour_of_zero() -> None:
     title = "Norms out of baseline"
     norm = _mesh(draw(panel("layers.json", title), answering(zeros)), title).norm
     assert (norm.vmin, norm.vmax) == (0, 1)
+
+
+def test_curves_keep_their_colours_in_the_file(tmp_path: Path) -> None:
+    """Beside heat maps, whose colours are many and take up most of the picture."""
+    figure = Figure(figsize=(8, 6), dpi=90)
+    axes = figure.subplots(3)
+    for above, colour in zip(axes, ("turbo", "Blues"), strict=False):
+        above.imshow(np.arange(10_000.0).reshape(100, 100), cmap=colour, aspect="auto")
+    colours = ["tab:purple", "tab:pink", "tab:brown", "tab:orange", "tab:green"]
+    for level, colour in enumerate(colours):
+        axes[2].plot([0, 1], [level, level], color=colour, lw=1)
+    _save(figure, tmp_path / "figure.png")
+    saved = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB")).astype(int)
+    figure.savefig(tmp_path / "whole.png", dpi=90)
+    drawn = np.asarray(Image.open(tmp_path / "whole.png").convert("RGB")).astype(int)
+    for colour in colours:
+        own = (drawn == np.round(255 * np.array(to_rgb(colour)))).all(-1)
+        assert own.any()
+        assert np.abs(saved - drawn)[own].max() <= 2, colour
 
 
 def test_a_prometheus_that_is_not_there_is_an_error() -> None:

@@ -18,9 +18,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def load(name: str) -> Any:
         kernel = name.rpartition(".")[2].removesuffix("_edit")
 
-        def prepare(device: torch.device) -> None:
+        def prepare(device: torch.device, width: int) -> None:
             if broken.get(kernel):
                 raise broken[kernel]
+            if kernel == "cuda" and width > 100:
+                raise ValueError("too wide")
 
         return SimpleNamespace(prepare=prepare, edit=kernel)
 
@@ -53,3 +55,10 @@ def test_a_kernel_that_is_asked_for_and_does_not_work_is_an_error(kernels: dict[
         choice.choose(CUDA, "cuda")
     with pytest.raises(ValueError, match="must be auto, host, cuda or triton"):
         choice.choose(CUDA, "opencl")
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_kernel_that_cannot_hold_the_widest_rows_is_passed_over() -> None:
+    assert [choice.choose(CUDA, "auto", width) for width in (100, 101)] == ["cuda", "triton"]
+    with pytest.raises(RuntimeError, match="too wide"):
+        choice.choose(CUDA, "cuda", 101)

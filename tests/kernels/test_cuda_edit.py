@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -374,3 +375,10 @@ def test_bad_calls_edit_nothing(device: str) -> None:
 def test_the_kernel_needs_a_gpu() -> None:
     with pytest.raises(RuntimeError, match="not on cpu"):
         cuda_edit.prepare(torch.device("cpu"))
+
+
+def test_rows_that_are_too_wide_are_told_of_before_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_edit, "library", lambda device: SimpleNamespace(max_shared=1000))
+    cuda_edit.prepare(torch.device("cpu"), 248)
+    with pytest.raises(ValueError, match=r"249 wide; .* up to 248"):
+        cuda_edit.prepare(torch.device("cpu"), 249)

@@ -14,8 +14,8 @@ from torch import Tensor
 from steersman.kernels.program import Program
 from steersman.kernels.reference import edit, project
 from steersman.steering import dictionaries, lower
-from steersman.steering.assets import Asset, DictionaryMeta
-from steersman.steering.errors import FeatureUnreadable
+from steersman.steering.assets import Asset, DictionaryMeta, parse_metadata
+from steersman.steering.errors import FeatureUnreadable, InvalidRequest
 from steersman.steering.formats import dictionary_files
 from steersman.steering.plan import Activation
 
@@ -137,6 +137,16 @@ def test_an_export_for_saelens_comes_back_the_same(name: str, tmp_path: Path) ->
     )
     if asset.meta.input_scale == 1:  # nothing had to be folded: bit for bit
         assert all(torch.equal(back.tensors[n].float(), t.float()) for n, t in asset.tensors.items())
+
+
+def test_a_scale_that_saelens_has_no_place_for_is_not_exported(tmp_path: Path) -> None:
+    """Folded into matching pursuit's rows, which must have length one, it would make another dictionary."""
+    fields = {"name": "mp", "kind": "dictionary", "model": MODEL, "layer": 1, "architecture": "matching_pursuit"}
+    rows = torch.nn.functional.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)))
+    scaled = Asset(parse_metadata({**fields, "input_scale": 0.5}), {"decoder": rows, "b_dec": torch.zeros(8)})
+    with pytest.raises(InvalidRequest, match="scales its input"):
+        dictionary_files.to_folder(scaled, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", NAMES)

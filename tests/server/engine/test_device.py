@@ -12,6 +12,7 @@ from steersman.server.engine.device import DevicePlans
 from steersman.server.engine.monitor import Monitor
 from steersman.server.engine.resident import Resident, Shard
 from steersman.server.engine.runtime import Runtime, Scheduled
+from steersman.server.engine.worker import _widest
 from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import Site
 from tests.kernels import table_reader
@@ -267,3 +268,10 @@ def test_a_pass_that_needs_the_host_and_replays_a_graph_fails_its_requests() -> 
     runtime.end()
     assert report(runtime, "add")["error"] is None
     assert "needs the host" in report(runtime, "token-gate")["error"]
+
+
+def test_a_rank_s_widest_rows_are_those_of_its_part() -> None:
+    wide, stream = Place(0, Site.MLP_POST), Place(0, POST)
+    widths = {place.site: {place.layer: width} for place, width in ((wide, 20), (stream, 8))}
+    assert _widest(widths, {}) == 20
+    assert _widest(widths, {wide: Shard(5, 10, 20)}) == 8

@@ -63,6 +63,16 @@ def test_a_camera_that_says_how_it_was_held() -> None:
         assert picture(out.getvalue(), LIMITS, "x").shape == (8, 16, 3)
 
 
+def test_a_jpeg_of_a_few_bytes_must_not_take_hours() -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.full((32, 32), 90, np.uint8)).save(out, "JPEG", progressive=True)
+    whole = out.getvalue()
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    assert picture(whole[:-2] + last * 9 + whole[-2:], LIMITS, "x").shape == (32, 32, 3)
+    with pytest.raises(InvalidRequest, match="more than 50 scans"):
+        picture(whole[:-2] + last * 50 + whole[-2:], LIMITS, "x")
+
+
 def test_one_pixel_is_a_picture() -> None:
     one = np.array([[[1, 2, 3]]], np.uint8)
     for given in (one, text_of(one)):

@@ -235,7 +235,7 @@ def test_text_that_is_not_unicode_does_not_break_the_list(http: TestClient) -> N
         ({"files": {"file": GOOD}, "data": {"metadata": "[]"}}, "metadata"),
         ({"files": {"file": GOOD}, "data": {"metadata": "null"}}, "metadata"),
         ({"files": {"file": GOOD}, "data": {"metadata": '{"kind": 3}'}}, "metadata.kind"),
-        ({"files": {"file": GOOD}, "data": {"metadata": "x" * 2**21}}, "body"),
+        ({"files": {"file": GOOD}, "data": {"metadata": "x" * (2**24 + 1)}}, "body"),
         ({"files": {"file": GOOD}, "data": {"a": "1", "b": "2"}}, "body"),
         ({"files": {"metadata": GOOD}}, "file"),
     ],

@@ -35,14 +35,15 @@ def test_monitoring_off_is_said_and_takes_no_place(tmp_path: Path) -> None:
     assert response.text == 'event: hello\ndata: {"monitor":"off"}\n\n'
 
 
-@pytest.mark.parametrize("header", [None, "Bearer wrong", "Basic k", "k"])
-def test_events_need_the_servers_key(tmp_path: Path, header: str | None) -> None:
+def test_events_need_the_servers_key(tmp_path: Path) -> None:
     live = feed()
-    app = application(tmp_path, live, key="k")
-    response = TestClient(app).get(EVENTS, headers={"Authorization": header} if header else {})
-    assert response.status_code == 401
-    assert response.json()["error"]["code"] == "unauthorized"
-    assert not live.viewers
+    with served(application(tmp_path, live, key="k")) as run:
+        for header in (None, "Bearer wrong", "Basic k", "k"):
+            given = {"Authorization": header} if header else {}
+            with httpx.stream("GET", run.url + EVENTS, headers=given) as response:
+                assert response.status_code == 401
+                assert json.loads(response.read())["error"]["code"] == "unauthorized"
+            assert not live.viewers
 
 
 def test_events_come_and_a_viewer_that_goes_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
