@@ -156,6 +156,8 @@ def test_gates_on_a_cached_prompt(asker: Asker, prompt: list[int], over: str) ->
         again = asker(prompt, steering, cached, f"{over}: again", new=8)
         assert distance(first.logprobs, again.logprobs) < SAME, f"{over}: another answer the second time"
         reports = [a.body["steering"]["interventions"][0] for a in (first, again)]
+        for report in reports:
+            report.pop("mean_relative_norm")  # of passes that are chosen by the engine's count of passes
         assert reports[0] == reports[1], f"{over}: another report the second time"
         assert reports[0]["gate"]["open"] == ([opens] if once else None), f"{over}: decision"
         if once or (over == "hold" and opens):
