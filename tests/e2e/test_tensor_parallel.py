@@ -50,7 +50,9 @@ def test_lists_of_edits(served: tuple[Server, Oracle], site: str) -> None:
     """Each edit sees what those before it have done, on the other rank too."""
     server, oracle = served
     every = [
-        {**edit, "layers": [1, 2]} for edit in interventions(site, [1, 2]) if edit["op"] not in ("heads", "neurons")
+        {**edit, "layers": [1, 2]}
+        for edit in interventions(site, [1, 2])
+        if edit["op"] not in ("heads", "neurons", "feature")
     ]
     units = [edit for edit in interventions(site, [1, 2]) if edit["op"] in ("heads", "neurons")]
     check(server, oracle, {"interventions": every}, f"{site}: one after another")
