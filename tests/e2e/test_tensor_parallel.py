@@ -10,7 +10,7 @@ import pytest
 from tests.e2e import checks
 from tests.e2e.checks import PROMPT, check
 from tests.e2e.server import Server, serve
-from tests.e2e.steered import WIDE, Asked, agree, ask, matters, together
+from tests.e2e.steered import WIDE, agree, ask, matters
 from tests.e2e.test_oracle import assets, interventions
 from tests.models.tiny import tiny_model
 from tests.oracle.hf import SITES, Oracle
@@ -129,11 +129,4 @@ def test_probes_and_sizes(served: tuple[Server, Oracle], site: str) -> None:
 
 
 def test_a_mixed_batch(served: tuple[Server, Oracle]) -> None:
-    server, oracle = served
-    batch = []
-    for i, site in enumerate(SITES):
-        chosen = interventions(site, [1, 3])[i : i + 3]
-        batch += [Asked(PROMPT[: 5 + i], {"interventions": [e]}, 3 + i, f"{e['op']} at {site}") for e in chosen]
-        batch.append(Asked(PROMPT[: 5 + i], None, 4, "unsteered"))
-    for request, answer in zip(batch, together(server, batch), strict=True):
-        agree(answer, oracle, request.steering, request.label)
+    checks.a_mixed_batch(*served)
