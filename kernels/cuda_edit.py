@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from steersman.kernels.arguments import check, check_written
 from steersman.kernels.cuda_library import library
 from steersman.kernels.tables import Tables
 
@@ -92,10 +93,7 @@ def edit_and_norm(
 
     weight: [d] in x's dtype, or None for one without.
     """
-    if len(x) > 1 and residual.stride(0) < residual.shape[-1]:
-        raise ValueError(f"residual is written, and its rows overlap: strides {residual.stride()}")
-    if weight is not None and (weight.shape != x.shape[1:] or weight.dtype != x.dtype):
-        raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}, x {x.dtype} {tuple(x.shape)}")
+    check_written(residual)
     _launch("edit_and_norm", x, residual, weight, eps, gemma, entries, tables, place, gates, norms, squares)
 
 
@@ -116,51 +114,31 @@ def _launch(
     norms: Tensor | None,
     squares: Tensor | None,
 ) -> None:
-    dtype = NAMES.get(x.dtype)
-    if dtype is None or x.dim() != 2 or not x.shape[1]:
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; must be [rows, width] float32, bfloat16 or float16")
+    check(x, residual, weight, entries, tables, place, gates, norms, squares)
     rows, width = x.shape
-    device, stride = x.device, _rows(x, "x", x)
-    if stride < width and rows > 1:
-        raise ValueError(f"x is written, and its rows overlap: strides {x.stride()}")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}, x {x.dtype} {tuple(x.shape)}")
-    places = tables.starts.shape[1]
-    if not 0 <= place < places:
-        raise IndexError(f"there is no place {place}, only 0 to {places - 1}")
-    if tables.starts.device != device:
-        raise ValueError(f"the tables are on {tables.starts.device}, x on {device}")
-    if entries.dtype != torch.int32 or entries.dim() != 1 or len(entries) < rows or not entries.is_contiguous():
-        raise ValueError(f"entries is {entries.dtype} {tuple(entries.shape)}; must be int32, one for each of {rows}")
-    if gates is None and tables.gates:
-        raise ValueError("a program in the tables has a gated block, so gates must be given")
-    on: Launcher = library(device)
+    stride, residual_stride = x.stride(0), 0 if residual is None else residual.stride(0)
+    on: Launcher = library(x.device)
     shared = _shared(on, width)
     if not rows:
         return
-    residual_stride = 0 if residual is None else _rows(residual, "residual", x)
-    if weight is not None:
-        _rows(weight[None], "weight", x)
     wide = width % GROUP == 0 and _is_wide(x, stride)
     wide = wide and (residual is None or _is_wide(residual, residual_stride))
     wide = wide and (weight is None or _is_wide(weight, 0))
+    pointers = (
+        x, residual, weight, entries, tables.starts, tables.code, tables.vectors, gates, norms, squares,
+    )  # fmt: skip
     arguments = ARGUMENTS.pack(
-        x.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        _on(entries, "entries", device),
-        *(tables.starts.data_ptr(), tables.code.data_ptr(), tables.vectors.data_ptr()),
-        *(_floats(gates, "gates", x, tables.gates), _floats(norms, "norms", x, tables.blocks)),
-        _floats(squares, "squares", x),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in pointers),
         *(stride, residual_stride),
         *(0 if gates is None else gates.stride(0), 0 if norms is None else norms.stride(0)),
-        *(rows, width, place, places),
+        *(rows, width, place, tables.starts.shape[1]),
         *(0 if gates is None else gates.shape[1], 0 if norms is None else norms.shape[1]),
         *(gemma, eps),
     )
     threads = min(MAX_THREADS, -(-width // (32 * GROUP)) * 32)
     grid = min(rows, ROWS_PER_PROCESSOR * on.processors)
-    on.launch(f"{kind}_{dtype}_wide" if wide else f"{kind}_{dtype}", grid, threads, shared, arguments)
+    name = f"{kind}_{NAMES[x.dtype]}"
+    on.launch(f"{name}_wide" if wide else name, grid, threads, shared, arguments)
 
 
 def _shared(on: Launcher, width: int) -> int:
@@ -170,39 +148,6 @@ def _shared(on: Launcher, width: int) -> int:
         most = on.max_shared // (4 * GROUP) * GROUP
         raise ValueError(f"x is {width} wide; a kernel on this GPU edits rows of up to {most} elements")
     return shared
-
-
-def _rows(tensor: Tensor, name: str, x: Tensor) -> int:
-    """The stride of rows that are contiguous, on x's device."""
-    _on(tensor, name, x.device)
-    stride: int
-    stride, step = tensor.stride()
-    if step != 1 and tensor.shape[1] > 1:
-        raise ValueError(f"{name} has strides {tensor.stride()}; its rows must be contiguous")
-    return stride
-
-
-def _floats(tensor: Tensor | None, name: str, x: Tensor, columns: int | None = None) -> int:
-    """The address of an array with a row for each of x's, 0 without one; ``columns`` where it has two dimensions."""
-    if tensor is None:
-        return 0
-    if (
-        tensor.dtype != torch.float32
-        or tensor.dim() != (1 if columns is None else 2)
-        or len(tensor) < len(x)
-        or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1)
-        or (columns is not None and tensor.shape[1] < columns)
-    ):
-        wanted = f"[{len(x)}]" if columns is None else f"[{len(x)}, {columns}]"
-        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; must be float32 {wanted} or larger")
-    return _on(tensor, name, x.device)
-
-
-def _on(tensor: Tensor, name: str, device: torch.device) -> int:
-    """The address of a tensor on ``device``."""
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, x on {device}")
-    return int(tensor.data_ptr())
 
 
 def _is_wide(tensor: Tensor, stride: int) -> bool:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steersman.kernels.arguments import check, check_written
 from steersman.kernels.program import Program
 from steersman.kernels.tables import Tables
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LANES_PER_WARP = 256  # 8 elements a thread
 MAX_WARPS = 32  # a GPU's; the widest rows have more elements a thread, and spill
 
@@ -83,8 +83,7 @@ def edit_and_norm(
 
     weight: [d] in x's dtype, or None for one without. The other arguments are those of :func:`edit`.
     """
-    if weight is not None and (weight.shape != x.shape[1:] or weight.dtype != x.dtype or not weight.is_contiguous()):
-        raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}, x {x.dtype} {tuple(x.shape)}")
+    check_written(residual)
     _launch(x, residual, weight, entries, tables, place, gates, norms, squares, eps, True, gemma)
 
 
@@ -119,52 +118,17 @@ def _launch(
     norm: bool,
     gemma: bool,
 ) -> None:
-    if x.dtype not in FLOATS or x.dim() != 2 or not x.shape[1]:
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; must be [rows, width] float32, bfloat16 or float16")
+    check(x, residual, weight, entries, tables, place, gates, norms, squares)
     rows, width = x.shape
-    stride, step = x.stride()
-    if step != 1 and width > 1:
-        raise ValueError(f"x has strides {x.stride()}; its rows must be contiguous")
-    if residual is not None and (
-        residual.shape != x.shape or residual.dtype != x.dtype or (residual.stride(1) != 1 and width > 1)
-    ):
-        raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}, x {x.dtype} {tuple(x.shape)}")
-    places = tables.starts.shape[1]
-    if not 0 <= place < places:
-        raise IndexError(f"there is no place {place}, only 0 to {places - 1}")
-    if not tables.starts.device == entries.device == x.device:
-        raise ValueError(f"the tables are on {tables.starts.device}, entries on {entries.device}, x on {x.device}")
-    if entries.dtype != torch.int32 or entries.dim() != 1 or len(entries) < rows or not entries.is_contiguous():
-        raise ValueError(f"entries is {entries.dtype} {tuple(entries.shape)}; must be int32, one for each of {rows}")
-    if gates is None and tables.gates:
-        raise ValueError("a program in the tables has a gated block, so gates must be given")
-    _check("gates", gates, rows, tables.gates)
-    _check("norms", norms, rows, tables.blocks)
-    _check("squares", squares, rows, None)
     if not rows:
         return
     lanes, warps = shape(width)
     _device().edit[(rows,)](
         *(x, residual, weight, entries, tables.starts, tables.code, tables.vectors, gates, norms, squares),
-        *(place, places, stride, 0 if residual is None else residual.stride(0)),
+        *(place, tables.starts.shape[1], x.stride(0), 0 if residual is None else residual.stride(0)),
         *((0, 0) if gates is None else (gates.stride(0), gates.shape[1])),
         *((0, 0) if norms is None else (norms.stride(0), norms.shape[1])),
         *(eps, norm, gemma, width, lanes),
         num_warps=warps,
         enable_fp_fusion=True,  # not left to Triton, whose default depends on its version
     )
-
-
-def _check(name: str, array: Tensor | None, rows: int, columns: int | None) -> None:
-    """Of an array with a row for each of x's; ``columns`` where it has two dimensions."""
-    if array is None:
-        return
-    if (
-        array.dtype != torch.float32
-        or array.dim() != (1 if columns is None else 2)
-        or len(array) < rows
-        or (array.shape[-1] > 1 and array.stride(-1) != 1)
-        or (columns is not None and array.shape[1] < columns)
-    ):
-        wanted = f"[{rows}]" if columns is None else f"[{rows}, {columns}]"
-        raise ValueError(f"{name} is {array.dtype} {tuple(array.shape)}; must be float32 {wanted} or larger")

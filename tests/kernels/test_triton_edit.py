@@ -328,7 +328,7 @@ def test_bad_calls_edit_nothing() -> None:
         bad("gates is", gates=wrong)
     bad("norms is", norms=torch.zeros(4, 0))
     bad("squares is", squares=torch.zeros(3))
-    bad("the tables are on", x=torch.zeros(4, 8, device="meta"))
+    bad("entries on cpu, x on meta", x=torch.zeros(4, 8, device="meta"))
     with pytest.raises(ValueError, match="weight"):
         edit_and_norm(x, torch.zeros(4, 8), torch.ones(7), 1e-6, entries, tables, PLACE, gates)
     assert not x.any()
