@@ -158,7 +158,7 @@ def _server(model: Path, scratch: Path) -> Iterator[str]:
     command += ["--steering-store", str(scratch / "store")]
     env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     with (scratch / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, process_group=0)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

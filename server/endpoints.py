@@ -57,7 +57,8 @@ class SteeringEndpoints:
             about = {"model": model.name, "layers": model.n_layers, "every": settings.monitor_every}
             state.steersman.live = Feed(about, settings.monitor_interval)
             counted = LayerMetrics(layers=model.n_layers)
-            monitoring = Monitoring(frontend, counted, settings.monitor_interval, state.steersman.live)
+            busy = engine_client.output_processor.has_unfinished_requests
+            monitoring = Monitoring(frontend, counted, settings.monitor_interval, state.steersman.live, busy)
             state.steersman.watching = asyncio.create_task(monitoring.watch())
 
 

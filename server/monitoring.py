@@ -2,7 +2,7 @@
 
 What each metric counts is said where it is counted, in :mod:`steersman.server.engine.monitor`. A scrape reads what is
 here and never waits for a worker: where workers do not answer, ``steersman_monitor_lag_seconds`` grows, the time since
-everything counted until then was last read.
+everything counted until then was last read. While no request is in the engine nobody is asked, and the lag is none.
 
 Every counted token is in one answer to one HTTP process, so processes and engines simply add up. An answer that got
 lost is asked for again by its number.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
@@ -118,21 +118,48 @@ class LayerMetrics:
 class Monitoring:
     """Reads the statistics of every worker that this process reaches, as long as it runs."""
 
-    def __init__(self, frontend: Frontend, metrics: LayerMetrics, interval: float, live: Feed | None = None) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        metrics: LayerMetrics,
+        interval: float,
+        live: Feed | None = None,
+        busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``busy``: whether a request of this process is in the engine."""
         self._watched = ""  # the id of the plan of probes that the workers read for all requests
         self._refused = ""  # why they do not read the one that is asked for
         self.frontend = frontend
         self.metrics = metrics
         self.live = live  # gets the same statistics
         self.interval = interval
+        self._busy = busy
+        self._begun = -1  # sequences, at the last look: any number but this one means traffic
+        self._more = False  # whether there was traffic at the last look, whose end the next reading brings
         self._received: dict[str, int] = {}  # by worker, the number of the last answer that arrived
         self._read = time.monotonic()  # everything counted until then has been read
         self._failing = False
 
+    def due(self) -> bool:
+        """Whether there may be anything to read: from the first request on until a reading after the last one.
+
+        Workers that share memory with their engine wait by spinning for a second after every call: an idle server's
+        would never come to rest.
+        """
+        more, begun = self._busy() or self.frontend.begun != self._begun, self.frontend.begun
+        due = more or self._more or self._failing
+        self._more, self._begun = more, begun
+        return due
+
     async def watch(self) -> None:
-        """One call to the workers at a time, however long it takes."""
+        """One call to the workers at a time, however long it takes; none while there is no traffic."""
         while True:
             asked = time.monotonic()
+            if not self.due():
+                self._done(asked)
+                self.show_lag()
+                await asyncio.sleep(self.interval)
+                continue
             call = asyncio.ensure_future(self.read())
             try:
                 while not call.done():
@@ -194,9 +221,13 @@ class Monitoring:
     def _note(self, call: asyncio.Future[None], asked: float) -> None:
         error = asyncio.CancelledError() if call.cancelled() else call.exception()
         if error is None:
-            self._read, self._failing = asked, False
-            if self.live is not None:
-                self.live.publish()
+            self._done(asked)
         elif not self._failing:
             self._failing = True
             logger.error("the workers' statistics could not be read: %s", error or type(error).__name__)
+
+    def _done(self, asked: float) -> None:
+        """Everything counted until ``asked`` has been read."""
+        self._read, self._failing = asked, False
+        if self.live is not None:
+            self.live.publish()

@@ -111,6 +111,7 @@ class Frontend:
         self.holder = uuid.uuid4().hex
         self.behind_routes = False  # whether HTTP routes prepare every steered request and report on it
         self.resident = 0  # plans on the workers, when the last one was loaded
+        self.begun = 0  # sequences that this process has given to the engine, steered or not
         self.tickets: dict[str, Ticket] = {}
         self._pins: dict[str, _Pin] = {}
         self._abandoned: set[str] = set()  # plans that some worker may still have pinned for us
@@ -123,6 +124,12 @@ class Frontend:
     def current(cls) -> Frontend:
         assert cls._instance is not None, "made before any steered request"
         return cls._instance
+
+    @classmethod
+    def count(cls) -> None:
+        """One more sequence goes to the engine."""
+        if cls._instance is not None:
+            cls._instance.begun += 1
 
     @classmethod
     def install(cls, frontend: Frontend) -> Frontend:

@@ -154,6 +154,7 @@ def _wrap_output(original: Any) -> Any:
     @functools.wraps(original)
     def add_request(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        Frontend.count()
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         request, parent = bound.arguments["request"], bound.arguments["parent_req"]

@@ -74,7 +74,7 @@ def serve(
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **variables}, start_new_session=True
+            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **variables}, process_group=0
         )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as http:

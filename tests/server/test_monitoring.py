@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from steersman.kernels.statistics import COSINE_BOUNDS, ENTROPY_BOUNDS, NORM_BOU
 from steersman.server import monitoring as module
 from steersman.server.engine.monitor import OTHER, Monitor
 from steersman.server.engine.runtime import Scheduled
+from steersman.server.live.feed import Feed
 from steersman.server.monitoring import MAX_NAMES, LayerMetrics, Monitoring
 from steersman.steering.plan import Plan
 from steersman.steering.sites import Site
@@ -44,10 +46,12 @@ def metrics(registry: CollectorRegistry) -> LayerMetrics:
     return LayerMetrics(registry)
 
 
-def monitoring(tmp_path: Path, metrics: LayerMetrics, rpc: Any, interval: float = 0.1) -> Monitoring:
+def monitoring(
+    tmp_path: Path, metrics: LayerMetrics, rpc: Any, interval: float = 0.1, busy: Callable[[], bool] = lambda: True
+) -> Monitoring:
     made = frontend(tmp_path)
     made._rpc = rpc
-    return Monitoring(made, metrics, interval)
+    return Monitoring(made, metrics, interval, busy=busy)
 
 
 def test_what_a_worker_says_is_what_is_shown(registry: CollectorRegistry, metrics: LayerMetrics) -> None:
@@ -189,6 +193,52 @@ def test_what_is_watched_follows_the_store_and_the_workers(
     assert len(said) == 2
     assert "no asset" in said[0]
     assert "of mlp_post" in said[1]
+
+
+def test_workers_of_an_idle_server_are_left_alone(tmp_path: Path, metrics: LayerMetrics) -> None:
+    in_flight = 0
+
+    async def rpc(*_: Any) -> list[Any]:
+        raise AssertionError
+
+    made = monitoring(tmp_path, metrics, rpc, busy=lambda: in_flight > 0)
+
+    def due(looks: int = 4) -> list[bool]:
+        return [made.due() for _ in range(looks)]
+
+    assert due() == [True, True, False, False]  # what was there before this process
+    made.frontend.begun += 1  # a request that ends before the next look
+    assert due() == [True, True, False, False]
+    made.frontend.begun += 1
+    in_flight = 1
+    assert due() == [True] * 4
+    in_flight = 0
+    assert due() == [True, False, False, False]  # what the last steps counted
+    made._failing = True
+    assert due(2) == [True] * 2
+
+
+def test_an_idle_server_is_not_late_and_its_page_goes_on(
+    tmp_path: Path, registry: CollectorRegistry, metrics: LayerMetrics
+) -> None:
+    calls: list[float] = []
+
+    async def rpc(*_: Any) -> list[Any]:
+        calls.append(time.monotonic())
+        return []
+
+    async def run() -> int:
+        made = monitoring(tmp_path, metrics, rpc, 0.05, busy=lambda: False)
+        made.live = Feed({"layers": 2}, 0.05, registry)
+        task = asyncio.create_task(made.watch())
+        await asyncio.sleep(1)
+        task.cancel()
+        return len(made.live._frames)
+
+    frames = asyncio.run(run())
+    assert len(calls) == 2
+    assert frames > 5
+    assert (registry.get_sample_value("steersman_monitor_lag_seconds") or 0) < 0.2
 
 
 def test_a_worker_that_hangs_is_seen_as_lag_and_holds_nothing_up(
