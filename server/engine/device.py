@@ -23,7 +23,6 @@ from steersman.kernels.reference import Reduce
 from steersman.kernels.tables import NONE, Tables, TablesFull, supports
 from steersman.server.engine.layout import Run, Work
 from steersman.server.engine.resident import Resident, Shard
-from steersman.steering.errors import CapacityExceeded
 from steersman.steering.plan import Place
 from steersman.steering.sites import Site
 
@@ -79,6 +78,7 @@ class DevicePlans:
         self.sites: frozenset[Site] = frozenset()  # and at which sites
         self._filled = 0  # rows of ``entries`` that may name one
         self._laid_out: tuple[Run, ...] | None = ()  # None: ``entries`` may name what is gone
+        self._lacking: list[Run] = []  # of what is laid out
         self._found: tuple[frozenset[Place], frozenset[Site]] = frozenset(), frozenset()
         self._kept: OrderedDict[tuple[Resident, int], _Entry] = OrderedDict()
 
@@ -94,20 +94,26 @@ class DevicePlans:
             for place, blocks in resident.plan.blocks.items()
         )
 
-    def lay_out(self, runs: Sequence[Run]) -> None:
-        """The coming pass edits these rows. Raises CapacityExceeded where the tables cannot hold them all at once."""
+    def lay_out(self, runs: Sequence[Run]) -> list[Run]:
+        """The coming pass edits these rows, but for those that it returns: the tables cannot hold them beside the rest.
+
+        Who comes first in the batch, and so has been in it for longest, has room first.
+        """
         key = tuple(runs)
         if key != self._laid_out:
             self._laid_out = None
             entries = np.full(max(self._filled, max((r.end for r in runs), default=0)), NONE, np.int32)
-            found = self._entries({(r.resident, r.mask) for r in runs})
+            found = self._entries(dict.fromkeys((r.resident, r.mask) for r in runs))
+            self._lacking = [run for run in runs if (run.resident, run.mask) not in found]
             for run in runs:
-                entries[run.first : run.end] = found[run.resident, run.mask].number
+                if (entry := found.get((run.resident, run.mask))) is not None:
+                    entries[run.first : run.end] = entry.number
             self._fill(entries)
             self._laid_out = key
             places = frozenset[Place]().union(*(e.places for e in found.values()))
             self._found = places, frozenset(place.site for place in places)
         self.places, self.sites = self._found
+        return self._lacking
 
     def rest(self) -> None:
         """No pass is running. The entries stay: without :attr:`places` nothing is launched that would read them."""
@@ -145,17 +151,25 @@ class DevicePlans:
     # -- parts ------------------------------------------------------------------------------------
 
     def _entries(self, needed: Collection[tuple[Resident, int]]) -> dict[tuple[Resident, int], _Entry]:
+        """Those of ``needed`` that there is room for."""
         out = {}
         for key in needed:
-            entry = self._kept.get(key)
-            while entry is None:
-                try:
-                    entry = self._kept[key] = self._add(*key)
-                except TablesFull as error:
-                    self._make_room(needed, error)
-            self._kept.move_to_end(key)
-            out[key] = entry
+            if (entry := self._kept.get(key) or self._add_with_room(key, needed)) is not None:
+                self._kept.move_to_end(key)
+                out[key] = entry
         return out
+
+    def _add_with_room(self, key: tuple[Resident, int], needed: Collection[tuple[Resident, int]]) -> _Entry | None:
+        """A new entry, in place of those used least recently where there is no room; None: all are needed too."""
+        while True:
+            try:
+                entry = self._kept[key] = self._add(*key)
+                return entry
+            except TablesFull:
+                oldest = next((k for k in self._kept if k not in needed), None)
+                if oldest is None:
+                    return None
+                self._remove(oldest)
 
     def _add(self, resident: Resident, mask: int) -> _Entry:
         programs = {  # other pipeline stages have the other layers
@@ -163,12 +177,6 @@ class DevicePlans:
         }
         index = self.tables.add({self._index[place]: program for place, program in programs.items()})
         return _Entry(index, frozenset(programs))
-
-    def _make_room(self, needed: Collection[tuple[Resident, int]], error: TablesFull) -> None:
-        oldest = next((key for key in self._kept if key not in needed), None)
-        if oldest is None:
-            raise CapacityExceeded(f"the plans of this batch do not fit on the device together: {error}")
-        self._remove(oldest)
 
     def _remove(self, key: tuple[Resident, int]) -> None:
         self.tables.remove(self._kept.pop(key).number)

@@ -214,7 +214,7 @@ class Runtime:
             need_host = [o.state for o in self._owners if o.state.resident and not o.state.resident.on_device]
             _fail(need_host, "a pass that needs the host has been given a graph")
         if self.device is not None:
-            key = self._lay_out_on(self.device, key)
+            key = self._lay_out_on(self.device, key, replayed)
         if key != self._layout_key:
             self._layout_key = key
             self._layouts = self._lay_out(key)
@@ -305,16 +305,18 @@ class Runtime:
                 out.setdefault(place, Work()).groups.append(Group(resident, program, rows))
         return out
 
-    def _lay_out_on(self, device: DevicePlans, key: list[Run]) -> list[Run]:
-        """Lays out the runs that the device takes; those that it does not."""
+    def _lay_out_on(self, device: DevicePlans, key: list[Run], replayed: bool) -> list[Run]:
+        """Lays out the runs that the device takes; those that are left to the host."""
         runs = [run for run in key if run.resident.on_device]
         try:
-            device.lay_out(runs)
-            self._on_device = runs
+            lacking = device.lay_out(runs)
         except Exception as error:
-            residents = {id(run.resident) for run in runs}
-            _fail([o.state for o in self._owners if id(o.state.resident) in residents], f"laying out failed: {error}")
-        return [run for run in key if not run.resident.on_device]
+            self._fail_plans(runs, f"laying out failed: {error}")
+            return [run for run in key if not run.resident.on_device]
+        if lacking and replayed:
+            self._fail_plans(lacking, "the plans of this batch do not fit on the device together")
+        self._on_device = [run for run in runs if run not in lacking]
+        return [run for run in key if not run.resident.on_device or (run in lacking and not replayed)]
 
     def _apply_on(self, device: DevicePlans, place: Place, x: Tensor, residual: Tensor | None) -> None:
         if not self._measure:
@@ -325,6 +327,10 @@ class Runtime:
         work = self._device_layout[place]
         reduce = self.reduce if place in self.shards else None
         self._measured.append((place, work, device.edit_and_measure(place, x, residual, work, reduce), None))
+
+    def _fail_plans(self, runs: Iterable[Run], message: str) -> None:
+        residents = {id(run.resident) for run in runs}
+        _fail([o.state for o in self._owners if id(o.state.resident) in residents], message)
 
     def _using(self, resident: Resident) -> list[RequestState]:
         return [o.state for o in self._owners if o.state.resident is resident]

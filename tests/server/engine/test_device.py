@@ -148,19 +148,33 @@ def test_plans_make_room_for_each_other_least_recently_used_first() -> None:
         torch.testing.assert_close(x, want[name])
 
 
-def test_a_batch_whose_plans_do_not_fit_fails_those_requests_and_nothing_else() -> None:
+def test_plans_that_do_not_fit_beside_the_others_are_left_to_the_host() -> None:
+    runtime = on_device(plans=1)  # entries for 2
+    toy = Toy(runtime)
+    plans = {f"r{i}": plan_of(add(i, 1)) for i in range(4)} | {"gated": plan("token-gate")}
+    for name, its_plan in plans.items():
+        toy.add(name, its_plan, PROMPT)
+    for _ in range(2):
+        out = toy.run(*(Piece(name, 0, PROMPT) for name in plans))
+        assert len(device_of(runtime).tables) == 2
+        for name, its_plan in plans.items():
+            assert report(runtime, name)["error"] is None
+            torch.testing.assert_close(out[name], alone(its_plan, PROMPT, P))
+
+
+def test_in_a_graph_only_the_plans_that_do_not_fit_fail() -> None:
     runtime = on_device(plans=1)
     toy = Toy(runtime)
-    for i in range(3):
+    for i in range(4):
         toy.add(f"r{i}", plan_of(add(i, 1)), PROMPT)
-    toy.add("gated", plan("token-gate"), PROMPT)
-    out = toy.run(*(Piece(name, 0, PROMPT) for name in ("r0", "r1", "r2", "gated")))
-    for i in range(3):
-        assert "do not fit" in report(runtime, f"r{i}")["error"]
-    assert report(runtime, "gated")["error"] is None
-    torch.testing.assert_close(out["gated"], alone(plan("token-gate"), PROMPT, P))
-    again = toy.run(Piece("r1", 0, PROMPT))["r1"]  # alone there is room
-    torch.testing.assert_close(again, alone(plan_of(add(1, 1)), PROMPT, P))
+    batch = [Scheduled(f"r{i}", 0, 2 * i, 2) for i in range(4)]
+    runtime.begin(batch, lambda row, n: np.array(PROMPT[:n]), replayed=True)
+    entries = device_of(runtime).entries[:8].tolist()
+    runtime.end()
+    assert entries[0] == entries[1] != entries[2] == entries[3]
+    assert entries[4:] == [-1] * 4
+    assert [report(runtime, f"r{i}")["error"] is None for i in range(4)] == [True, True, False, False]
+    assert "do not fit" in report(runtime, "r2")["error"]
 
 
 def test_a_plan_that_is_dropped_gives_back_its_entries() -> None:
