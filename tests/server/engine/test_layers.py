@@ -253,6 +253,9 @@ def test_the_language_model_s_layers_are_those_that_attend_in_the_config_s_numbe
     assert decoder_layers(model, 2) is model.layers
     with pytest.raises(LookupError, match="no list of 3 decoder layers"):
         decoder_layers(model, 3)
+    model.decoder_replay_layers = object()  # type: ignore[assignment]
+    with pytest.raises(LookupError, match="Model see a part of the batch"):
+        decoder_layers(model, 2)
 
 
 @pytest.mark.parametrize("norm", [RMSNorm, GemmaRMSNorm])
