@@ -65,8 +65,8 @@ class LayerSites:
 def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
     """The language model's decoder layers.
 
-    Raises LookupError where there are none, or where some of them see rows that are not the batch's: DeepSeek-V4.1 (from
-    vLLM 0.33) runs its last ones on each request's last tokens, in an order of their own (``decoder_replay_layers``).
+    Raises LookupError where there are none, or where some of them see rows that are not the batch's: DeepSeek-V4.1
+    (from vLLM 0.33) runs its last ones on each request's last tokens alone (``decoder_replay_layers``).
     """
     for name, module in model.named_modules():
         if getattr(module, "decoder_replay_layers", None) is not None:
