@@ -48,6 +48,14 @@ class Viewer(threading.Thread):
                 elif line.startswith("data: ") and name == "frame":
                     self.frames.append(json.loads(line.removeprefix("data: ")))
 
+    def connected(self) -> "Viewer":
+        """Once every later frame is going to be seen."""
+        deadline = time.monotonic() + 20
+        while not self.hello:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return self
+
     def sum(self, count: Any) -> int:
         return sum(count(frame) for frame in list(self.frames))
 
@@ -62,7 +70,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_frames_are_what_metrics_count(server: Server) -> None:
-    viewer = Viewer(server)
+    viewer = Viewer(server).connected()
     for steering in (None, STEERING, STEERING):
         server.complete(PROMPT, steering, max_tokens=NEW)
     fed = 3 * (len(PROMPT) + NEW - 1)
@@ -92,7 +100,7 @@ def test_frames_are_what_metrics_count(server: Server) -> None:
 
 
 def test_the_server_stops_with_a_page_open(server: Server) -> None:
-    viewer = Viewer(server)
+    viewer = Viewer(server).connected()
     deadline = time.monotonic() + 20
     while not viewer.frames:
         assert time.monotonic() < deadline
