@@ -55,5 +55,5 @@ def test_the_commands_work_in_order(server: Server, tmp_path: Path) -> None:
 def _here(block: str, server: Server, tmp: Path) -> str:
     """The block for this server and this interpreter, with nothing written outside of the test's folder."""
     bin_folder = str(Path(sys.executable).parent)
-    text = block.replace("http://localhost:8000", server.url).replace(".venv/bin", bin_folder)
-    return text.replace("/tmp", str(tmp))
+    text = block.replace("/tmp", str(tmp)).replace("http://localhost:8000", server.url)
+    return text.replace(".venv/bin", bin_folder)

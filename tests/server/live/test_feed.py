@@ -159,7 +159,7 @@ def test_frames_come_from_the_one_reading_however_many_watch(tmp_path: Path) -> 
     async def run() -> list[list[tuple[str, Any]]]:
         made = frontend(tmp_path)
         made._rpc = rpc
-        monitoring = Monitoring(made, LayerMetrics(CollectorRegistry()), 0.1, live)
+        monitoring = Monitoring(made, LayerMetrics(CollectorRegistry()), 0.1, live, busy=lambda: True)
         with ExitStack() as stack:
             viewers = [stack.enter_context(live.viewing()) for _ in range(5)]
             task = asyncio.create_task(monitoring.watch())
