@@ -1,0 +1,144 @@
+"""Trains a small policy on demonstrations, on one CPU core.
+
+    python -m steersman.clients.policies.train --task reach-v3 --demonstrations DIR --out CHECKPOINT
+
+First the vision tower alone (``eyes.py``), then all of it. Every number of the next actions is one token, learnt with
+the tokens before it given. The target is not the one bin but a bell over it and its neighbours, so that a near miss
+costs little: bins are in order. State is kept every minute in ``CHECKPOINT/training.pt``, and the same command goes on
+from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steersman.clients.policies import demonstrations, eyes, model, vocabulary
+from steersman.clients.policies.demonstrations import Demonstrations
+from steersman.clients.policies.vocabulary import BINS, FIRST_ACTION, IMAGE, Scale
+from steersman.clients.simulators.metaworld import INSTRUCTIONS, TASKS, MetaWorld
+
+BATCH = 32
+RATE, WARM, DECAY = 1e-3, 100, 0.01  # AdamW, steps of warming up, then a cosine down to nothing
+BELL = 0.7  # bins, the width of the target
+HELD = 500  # samples that are only looked at, the last ones
+EVERY = 60.0  # seconds between two states kept
+
+
+class Lessons:
+    """Demonstrations as tensors."""
+
+    def __init__(self, shown: Demonstrations, instruction: str, action: Scale, state: Scale) -> None:
+        cameras = shown.pictures.shape[1]
+        prompts = vocabulary.prompts(instruction, shown.states, state, cameras * model.PATCHES)
+        self.pictures = torch.from_numpy(shown.pictures)  # uint8 [n, cameras, height, width, 3]
+        self.states = torch.from_numpy(state.into(shown.states).astype(np.float32))  # [n, state dims]
+        self.actions = torch.from_numpy(shown.actions)  # [n, chunk, dims], in the robot's units
+        self.prompts = torch.from_numpy(prompts)  # [n, length]
+        where = vocabulary.bins(shown.actions, action).reshape(len(prompts), -1)
+        self.bins = torch.from_numpy(where.astype(np.float32))  # [n, chunk · dims], unrounded
+        self.train = len(self.bins) - HELD
+        if self.train < BATCH:
+            raise ValueError(f"{len(self.bins)} samples are too few: {HELD} are held out")
+
+    def logits(self, policy: Any, rows: Tensor) -> Tensor:
+        """[rows, chunk · dims, BINS], each token after the right ones before it."""
+        answers = FIRST_ACTION + self.bins[rows].round().long()
+        ids = torch.cat([self.prompts[rows], answers[:, :-1]], dim=1)
+        embedded = policy.get_input_embeddings()(ids)
+        embedded = embedded.masked_scatter((ids == IMAGE)[..., None], eyes.look(policy, self.pictures[rows]))
+        last = policy.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        out: Tensor = policy.lm_head(last[:, -self.bins.shape[1] :])[..., FIRST_ACTION:]
+        return out
+
+    def loss(self, policy: Any, rows: Tensor) -> Tensor:
+        bell = -((torch.arange(BINS) - self.bins[rows][..., None]) ** 2) / (2 * BELL**2)
+        return -(bell.softmax(-1) * self.logits(policy, rows).log_softmax(-1)).sum(-1).mean()
+
+    @torch.no_grad()
+    def error(self, policy: Any) -> float:
+        """How far the likeliest bins are off on what is held out, of the whole range."""
+        held = torch.arange(self.train, len(self.bins))
+        off = [(self.logits(policy, rows).argmax(-1) - self.bins[rows]).abs() for rows in held.split(BATCH)]
+        return float(torch.cat(off).mean()) / BINS
+
+
+def rate(step: int, steps: int) -> float:
+    if step < WARM:
+        return RATE * (step + 1) / WARM
+    return RATE * 0.5 * (1 + float(np.cos(np.pi * (step - WARM) / max(1, steps - WARM))))
+
+
+def train(policy: Any, lessons: Lessons, out: Path, steps: int, seed: int) -> dict[str, Any]:
+    """How it went. Goes on from ``out/training.pt`` where that is."""
+    optimiser = torch.optim.AdamW(policy.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=DECAY)
+    kept, step, spent = out / "training.pt", 0, 0.0
+    if kept.exists():
+        state = torch.load(kept, weights_only=True)
+        policy.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        step, spent = state["step"], state["seconds"]
+    started = saved = time.monotonic()
+    while step < steps:
+        draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        loss = lessons.loss(policy, torch.randint(lessons.train, (BATCH,), generator=draw))
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        for group in optimiser.param_groups:
+            group["lr"] = rate(step, steps)
+        optimiser.step()
+        step += 1
+        now = time.monotonic()
+        if now - saved > EVERY or step == steps:
+            saved, seconds = now, spent + now - started
+            state = {"model": policy.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
+            torch.save({**state, "seconds": seconds}, kept.with_suffix(".part"))
+            kept.with_suffix(".part").rename(kept)
+            off = lessons.error(policy)
+            print(f"step {step}/{steps}, {seconds:.0f} s: loss {loss.item():.3f}, held out {off:.4f}", flush=True)
+    about = {"steps": steps, "seed": seed, "samples": lessons.train, "held_out_error": lessons.error(policy)}
+    return {**about, "parameters": sum(p.numel() for p in policy.parameters())}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="train a small policy on demonstrations")
+    parser.add_argument("--task", choices=TASKS, default="reach-v3")
+    parser.add_argument("--demonstrations", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the checkpoint's folder")
+    parser.add_argument("--eyes-steps", type=int, default=800, help="of the vision tower alone, before")
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    shown = demonstrations.load(args.demonstrations)
+    action = Scale.of(shown.actions.reshape(-1, shown.actions.shape[-1]), MetaWorld.moves, 0.01)
+    state = Scale.of(shown.states, np.ones(shown.states.shape[1], np.bool_), 0.0)
+    lessons = Lessons(shown, INSTRUCTIONS[args.task], action, state)
+    args.out.mkdir(parents=True, exist_ok=True)
+    policy = model.build(args.seed).train()
+    seeing = args.out / "eyes.pt"
+    if seeing.exists():
+        policy.load_state_dict(torch.load(seeing, weights_only=True))
+    else:
+        n = lessons.train
+        wanted = lessons.bins[:n] / BINS
+        eyes.train(policy, lessons.pictures[:n], lessons.states[:n], wanted, args.eyes_steps, args.seed)
+        torch.save(policy.state_dict(), seeing)
+    about = train(policy, lessons, args.out, args.steps, args.seed)
+    key = args.task.replace("-", "_")
+    model.save(policy.eval(), model.describe(key, shown.pictures.shape[1], action, state), args.out)
+    (args.out / "training.json").write_text(json.dumps({"task": args.task, **about}, indent=2) + "\n")
+    for file in (seeing, args.out / "training.pt"):
+        file.unlink()
+
+
+if __name__ == "__main__":
+    main()
