@@ -49,7 +49,7 @@ def _serving(name: str, found: Mapping[str, Any]) -> str:
     rows = [[case, *(_spread(r[f]) for f in figures)] for case, r in found["cases"].items()]
     heads = ("case", "output tokens/s", "inter-token latency, median", "p99", "time to first token")
     beside = "Statistics, against a server without" if s.get("monitor") else "Against stock vLLM"
-    return f"## {beside}: {found['model']}\n\n{about}\n\n{_table(heads, rows)}"
+    return f"## {beside}: {found['model']}\n\n{about}\n\n{table(heads, rows)}"
 
 
 def _peers(found: Mapping[str, Any]) -> str:
@@ -66,7 +66,7 @@ def _peers(found: Mapping[str, Any]) -> str:
         for r in found["results"]
     ]  # fmt: skip
     heads = ("system", "batch", "unsteered tokens/s", "steered tokens/s", "cost")
-    return f"## Beside libraries for Hugging Face models\n\n{about}\n\n{_table(heads, rows)}"
+    return f"## Beside libraries for Hugging Face models\n\n{about}\n\n{table(heads, rows)}"
 
 
 def _kernels(found: Mapping[str, Any]) -> str:
@@ -79,7 +79,7 @@ def _kernels(found: Mapping[str, Any]) -> str:
         for r in found["results"]
     ]  # fmt: skip
     heads = ("kernel", "case", "width", "rows", "µs a place", "bandwidth, of a copy's")
-    return f"## Kernels on a GPU\n\n{about}\n\n{_table(heads, rows)}"
+    return f"## Kernels on a GPU\n\n{about}\n\n{table(heads, rows)}"
 
 
 def _cpu_kernel(found: Mapping[str, Any]) -> str:
@@ -88,7 +88,7 @@ def _cpu_kernel(found: Mapping[str, Any]) -> str:
         f"{found['threads']} thread(s), load {found['load']} of {_machine(found)}."
     )
     heads = ("program", "rows", "cpp", "torch", "x.add_()", "build")
-    return f"## The CPU kernel\n\n{about}\n\n{_table(heads, [[r[h] for h in heads] for r in found['results']])}"
+    return f"## The CPU kernel\n\n{about}\n\n{table(heads, [[r[h] for h in heads] for r in found['results']])}"
 
 
 def _machine(found: Mapping[str, Any]) -> str:
@@ -103,7 +103,7 @@ def _spread(figure: Mapping[str, Any]) -> str:
     return f"{figure['median']:.3f} ({low:.3f} to {high:.3f})"
 
 
-def _table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     lines = [tuple(heads), *([str(c) for c in row] for row in rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -1,6 +1,6 @@
-"""Two plain measures of a text, by word lists: how French it is, and how joyful.
+"""Plain measures of a text, by word lists: how French it is, how joyful, and whether it refuses.
 
-They are meant to compare answers to the same questions, unsteered and steered, and to be checked by eye. Neither knows
+They are meant to compare answers to the same questions, unsteered and steered, and to be checked by eye. None knows
 grammar or negation ("not happy" counts as joyful), and a text that repeats one word is rated by that word.
 """
 
@@ -9,6 +9,8 @@ import unicodedata
 from functools import cache
 from importlib import resources
 
+REFUSAL = re.compile(r"\b(sorry|apologi[sz]e|cannot|can't|unable|not able to|won't|will not|decline|afraid)\b", re.I)
+OPENING = 100  # characters of an answer in which a refusal is told
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 # French words that lose their vowel before another: "l'eau" is two words, "l'" and "eau".
 ELIDED = frozenset({"l", "d", "j", "m", "t", "s", "n", "c", "qu", "jusqu", "lorsqu", "puisqu", "quelqu"})
@@ -43,6 +45,11 @@ def joy_score(text: str) -> float:
     joyful, gloomy = _words("joyful_words"), _words("gloomy_words")
     balance = sum((word in joyful) - (word in gloomy) for word in words)
     return 100.0 * balance / len(words) if words else 0.0
+
+
+def refuses(text: str) -> bool:
+    """Whether an answer opens as refusals do. Words again: "I can't wait to tell you" counts as one."""
+    return REFUSAL.search(text[:OPENING].replace("’", "'")) is not None
 
 
 def _split(text: str) -> list[str]:

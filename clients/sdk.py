@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import httpx
+
+from steersman.clients.activations import Capture
 
 
 class SteersmanError(Exception):
@@ -34,11 +36,7 @@ class Steersman:
         timeout: float = 600.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        headers = {}
-        if api_key:
-            headers["Authorization"] = f"Bearer {api_key}"
-        if admin_key:
-            headers["X-Admin-Key"] = admin_key
+        headers = keys(api_key, admin_key)
         self._http = httpx.Client(base_url=base_url, headers=headers, timeout=timeout, transport=transport)
 
     def __enter__(self) -> Steersman:
@@ -102,10 +100,65 @@ class Steersman:
         """A dry run, for ``messages=[...]`` or ``prompt=...``."""
         return self._json("POST", "/v1/steering/resolve", json={"steering": steering, **prompt})
 
+    def norms(self) -> list[dict[str, Any]]:
+        """What norms each worker has seen at each layer: ``worker``, ``count``, ``mean`` and ``square`` of ln‖x‖."""
+        found: list[dict[str, Any]] = self._json("GET", "/v1/steering/norms")["data"]
+        return found
+
+    def submit(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Queues a job, ``{"kind": "extract" or "calibrate", ...}``; what it is then, with its ``id``."""
+        return self._json("POST", "/v1/steering/jobs", json=dict(job))
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """The jobs that the server remembers, the newest first."""
+        found: list[dict[str, Any]] = self._json("GET", "/v1/steering/jobs")["data"]
+        return found
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        return self._json("GET", f"/v1/steering/jobs/{quote(job_id, safe='')}")
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        """Ends a job; what it is then."""
+        return self._json("DELETE", f"/v1/steering/jobs/{quote(job_id, safe='')}")
+
+    def capture(self, prompts: Sequence[Any], **asked: Any) -> Capture:
+        """Activations of the served model for ``prompts``: texts, lists of token ids, or lists of chat messages.
+
+        ``asked``: ``sites``, ``layers``, ``tokens``, ``reduce`` (none, mean or last) and ``steering``, as in
+        ``POST /v1/steering/captures``.
+        """
+        body = {"prompts": list(prompts), **asked}
+        return Capture.from_bytes(self._request("POST", "/v1/steering/captures", json=body).content)
+
+    def keep_capture(self, prompts: Sequence[Any], **asked: Any) -> dict[str, Any]:
+        """The same, kept on the server: its ``id`` and what it is of."""
+        return self._json("POST", "/v1/steering/captures", json={"prompts": list(prompts), **asked, "keep": True})
+
+    def kept_captures(self) -> list[dict[str, Any]]:
+        """What the server keeps."""
+        found: list[dict[str, Any]] = self._json("GET", "/v1/steering/captures")["data"]
+        return found
+
+    def kept_capture(self, capture_id: str) -> Capture:
+        return Capture.from_bytes(self._request("GET", f"/v1/steering/captures/{quote(capture_id, safe='')}").content)
+
+    def forget_capture(self, capture_id: str) -> None:
+        self._request("DELETE", f"/v1/steering/captures/{quote(capture_id, safe='')}")
+
     def chat(self, messages: list[dict[str, Any]], steering: Mapping[str, Any] | None = None, **body: Any) -> Any:
         """One chat completion, as JSON."""
         asked = {"messages": messages, **body} | ({"steering": steering} if steering is not None else {})
         return self._json("POST", "/v1/chat/completions", json=asked)
+
+    def completion(self, prompt: str | Sequence[int], **body: Any) -> dict[str, Any]:
+        """One completion of a text or of token ids, as JSON."""
+        given = prompt if isinstance(prompt, str) else list(prompt)
+        return self._json("POST", "/v1/completions", json={"prompt": given, **body})
+
+    def tokenize(self, messages: Sequence[Mapping[str, Any]], **body: Any) -> list[int]:
+        """The ids of the prompt that a chat with these messages has."""
+        found: list[int] = self._json("POST", "/tokenize", json={"messages": list(messages), **body})["tokens"]
+        return found
 
     def _json(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
         found: dict[str, Any] = self._request(method, path, **kwargs).json()
@@ -115,12 +168,22 @@ class Steersman:
         response = self._http.request(method, path, **kwargs)
         if response.status_code < 400:
             return response
-        try:
-            error = response.json()["error"]
-            message = error["message"]
-        except (ValueError, KeyError, TypeError):  # not every answer is the server's own
-            raise SteersmanError(response.status_code, response.text[:500]) from None
-        raise SteersmanError(response.status_code, message, error.get("code"), error.get("param"))
+        raise error_of(response)
+
+
+def keys(api_key: str | None = None, admin_key: str | None = None) -> dict[str, str]:
+    """The headers that carry them."""
+    given = {"Authorization": f"Bearer {api_key}" if api_key else None, "X-Admin-Key": admin_key}
+    return {name: value for name, value in given.items() if value}
+
+
+def error_of(response: httpx.Response) -> SteersmanError:
+    """What a failed answer says; not every answer is the server's own."""
+    try:
+        error = response.json()["error"]
+        return SteersmanError(response.status_code, error["message"], error.get("code"), error.get("param"))
+    except (ValueError, KeyError, TypeError):
+        return SteersmanError(response.status_code, response.text[:500])
 
 
 def _path(ref: str) -> str:

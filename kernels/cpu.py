@@ -8,7 +8,7 @@ The kernel runs the blocks one after another on a row that stays in the first-le
 second read costs next to nothing. That needs no Gram matrices, whose cost grows with the square of a
 program's rows, and makes no difference of large numbers where a norm is asked for.
 
-Not supported: programs whose dots or norms are partial sums over tensor-parallel ranks, see
+Not supported: programs whose dots or norms are partial sums over tensor-parallel ranks, and those that encode, see
 :meth:`Table.supports`.
 """
 
@@ -46,6 +46,8 @@ class Table:
         for program, rows in groups:
             if program.width != width:
                 raise ValueError(f"a program of width {program.width} in a table of width {width}")
+            if program.encodes:
+                raise ValueError("a program that encodes is for the reference")
             if rows.dtype != torch.int64 or not rows.is_contiguous() or not rows.is_cpu:
                 raise ValueError("a group's rows must be contiguous int64 on the CPU")
         self._loaded = loaded
@@ -60,6 +62,8 @@ class Table:
     @staticmethod
     def supports(program: Program, sharded: bool = False, measured: bool = False) -> bool:
         """Whether a table can run the program: one rank's shard only where it reads no dot and no norm."""
+        if program.encodes:
+            return False
         return not sharded or ((program.is_columnar or program.constant is not None) and not measured)
 
     def apply(

@@ -13,6 +13,9 @@ Row ``j`` of a block reads ``t = u_j·x``, maps it, and moves the stream along `
 without a read has t = 0, so ``offset_j`` alone is added: a plain add. ``preserve_norm`` rescales the
 result to the norm that the stream had before the block.
 
+Where a row of its own cannot tell (one feature of a TopK dictionary), a block has ``encode`` in place of reads, a
+function of the running stream that gives all its ``t``; only the reference runs such programs.
+
 A *program* is the ordered list of one plan's blocks at one site and layer. Whatever the list, the
 result is x' = α·x + Wᵀc with a scalar α and one coefficient per row, because every op sees only its
 own coordinates of the running stream, t = α·(U x) + (U Wᵀ)c, and Gram matrices of the rows give the
@@ -21,6 +24,7 @@ norms: one read of x and one write, for any list of ops.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -29,6 +33,9 @@ from torch import Tensor
 
 NEVER = float("-inf")
 """``threshold`` of a row that has no activation function."""
+
+Encode = Callable[[Tensor], Tensor]
+"""x [n, d] float64 → [n, r] of any float type, each row's t."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class Block:
     only_if_active: bool = False
     preserve_norm: bool = False
     gate: int = -1  # index into the plan's gates, -1: always open
+    encode: Encode | None = None  # what gives t; such a block has no read
 
     @property
     def count(self) -> int:
@@ -86,7 +94,8 @@ class Block:
     @property
     def is_constant(self) -> bool:
         """Adds the same vector whatever x is."""
-        return self.read is None and not self.relative and not self.preserve_norm and self.gate < 0
+        fixed = self.read is None and self.encode is None
+        return fixed and not self.relative and not self.preserve_norm and self.gate < 0
 
     @property
     def constant(self) -> Tensor:
@@ -102,7 +111,7 @@ class Block:
     @property
     def is_columnar(self) -> bool:
         """Touches single coordinates only, so it needs neither dots nor norms."""
-        same = self.read is None or self.read.columns is not None
+        same = self.encode is None and (self.read is None or self.read.columns is not None)
         return same and self.write.columns is not None and not self.relative and not self.preserve_norm
 
 
@@ -132,6 +141,8 @@ class Program:
         """
         if self.is_columnar:
             return Program(tuple(_columns_between(b, start, stop) for b in self.blocks), stop - start)
+        if self.encodes:
+            raise ValueError("a block that encodes needs the whole of x, and a rank has a part")
         blocks = (
             replace(b, write=b.write.slice(start, stop), read=b.read.slice(start, stop) if b.read else None)
             for b in self.blocks
@@ -143,6 +154,11 @@ class Program:
     @cached_property
     def needs_norm(self) -> bool:
         return any(b.relative or b.preserve_norm for b in self.blocks)
+
+    @cached_property
+    def encodes(self) -> bool:
+        """Whether some block calls a function of the whole stream."""
+        return any(b.encode is not None for b in self.blocks)
 
     @cached_property
     def is_columnar(self) -> bool:

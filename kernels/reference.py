@@ -67,7 +67,10 @@ def _recur(
     c = x.new_zeros(x.shape[0], program.rows)
     norm = _Norm(x, program, reduce) if program.needs_norm or norms is not None else None
     for i, (block, (a, b)) in enumerate(zip(program.blocks, program.spans, strict=True)):
-        t = alpha[:, None] * s[:, a:b] + (c[:, None, :] * gram[a:b]).sum(-1)
+        if block.encode is not None:
+            t = block.encode(alpha[:, None] * x + _combine(c, program.writes)).to(x)
+        else:
+            t = alpha[:, None] * s[:, a:b] + (c[:, None, :] * gram[a:b]).sum(-1)
         step = _gated(scalar_map(t, block), block, gates)
         if block.relative:
             assert norm is not None

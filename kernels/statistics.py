@@ -11,7 +11,7 @@ interpolated in a bucket is off by less than the bucket's factor.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,6 +128,14 @@ def entropies(logits: Tensor) -> Tensor:
     With z = logits − max it is ln Σe^z − Σ e^z·z / Σe^z. On a CPU row by row: one stays in the cache, all do not.
     """
     return torch.cat([_entropies(row[None]) for row in logits]) if logits.is_cpu and len(logits) else _entropies(logits)
+
+
+def mass_entropies(logits: Tensor, ids: Sequence[int]) -> Tensor:
+    """[n] −(p ln p + (1 − p) ln(1 − p)), p what each row of ``logits`` [n, vocabulary] gives to ``ids`` together."""
+    z = logits.float()
+    p = (z[:, list(ids)] - z.logsumexp(-1, keepdim=True)).exp().sum(-1).clamp(0, 1)
+    found: Tensor = torch.special.entr(p) + torch.special.entr(1 - p)
+    return found
 
 
 def _entropies(logits: Tensor) -> Tensor:

@@ -224,7 +224,9 @@ class Tables:
 def supports(program: Program, sharded: bool = False) -> bool:
     """Whether a kernel can run the program: of one rank's shard only what reads no dot and no norm."""
     whole = not sharded or program.is_columnar or program.constant is not None
-    return whole and all(part.count <= MAX_ROWS for block in program.blocks for part in _split(block))
+    if not whole or program.encodes:
+        return False
+    return all(part.count <= MAX_ROWS for block in program.blocks for part in _split(block))
 
 
 def _write(array: Tensor, parts: _Writes) -> None:

@@ -7,10 +7,36 @@ import os
 import sys
 from collections.abc import Sequence
 
-from steersman.server.commands import assets, chat, doctor, resolve, serve
+from steersman.server.commands import (
+    assets,
+    baseline,
+    calibrate,
+    chat,
+    condition,
+    detector,
+    doctor,
+    extract,
+    neurons,
+    resolve,
+    robot,
+    serve,
+)
 from steersman.steering.errors import SteeringError
 
-COMMANDS = {"serve": serve, "assets": assets, "chat": chat, "resolve": resolve, "doctor": doctor}
+COMMANDS = {
+    "serve": serve,
+    "assets": assets,
+    "chat": chat,
+    "resolve": resolve,
+    "extract": extract,
+    "calibrate": calibrate,
+    "condition": condition,
+    "neurons": neurons,
+    "baseline": baseline,
+    "detector": detector,
+    "robot": robot,
+    "doctor": doctor,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -24,7 +26,7 @@ from steersman.server.policies import catalogue
 from steersman.server.policies.policy import Policy
 from steersman.server.policies.robots import Robots
 from steersman.server.reports import Reports
-from steersman.server.routes import actions, assets, live, openai, openpi, steering
+from steersman.server.routes import actions, assets, captures, jobs, live, norms, openai, openpi, steering
 from steersman.server.settings import Settings
 from steersman.server.state import SteeringState, state_of
 from steersman.steering.errors import SteeringError, StoreError
@@ -40,7 +42,7 @@ class SteeringEndpoints:
         settings = Settings.from_env()
         app.add_middleware(guard.Guard, limit=settings.max_body_mb * 2**20)
         app.add_exception_handler(SteeringError, _answer)
-        for module in (openai, steering, assets, actions, openpi, live):
+        for module in (openai, steering, assets, actions, openpi, live, jobs, captures, norms):
             module.attach(app)
         app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
 
@@ -49,9 +51,16 @@ class SteeringEndpoints:
             return
         frontend = await Frontend.of_async(engine_client)
         frontend.behind_routes = True
-        state.steersman = SteeringState(frontend.settings, frontend, Reports(frontend), Metrics())
+        state.steersman = SteeringState(
+            frontend.settings, frontend, Reports(frontend), Metrics(), engine=engine_client, serving=state
+        )
         state.steersman_robots = Robots(state.steersman, _policy(frontend, engine_client), engine_client)
         state.steersman.counting = asyncio.create_task(inventory.watch(state.steersman))
+        if frontend.settings.detector is not None:
+            with _option("detector"):
+                frontend.use_detector(frontend.settings.detector)
+        if frontend.detector is not None:
+            state.steersman.metrics.detects(frontend.detector.name)
         if frontend.settings.monitor == "on":
             settings, model = frontend.settings, frontend.model
             about = {"model": model.name, "layers": model.n_layers, "every": settings.monitor_every}
@@ -59,7 +68,20 @@ class SteeringEndpoints:
             counted = LayerMetrics(layers=model.n_layers)
             busy = engine_client.output_processor.has_unfinished_requests
             monitoring = Monitoring(frontend, counted, settings.monitor_interval, state.steersman.live, busy)
+            if settings.norm_baseline is not None:
+                with _option("norm-baseline"):
+                    monitoring.baseline = frontend.resolver.library.baseline(settings.norm_baseline)
+                await monitoring.tell_baseline()
             state.steersman.watching = asyncio.create_task(monitoring.watch())
+
+
+@contextmanager
+def _option(name: str) -> Iterator[None]:
+    """What an option names cannot be used: the server does not start."""
+    try:
+        yield
+    except SteeringError as error:
+        raise ValueError(f"--steering-{name}: {error.message}") from error
 
 
 def _policy(frontend: Frontend, engine_client: Any) -> Policy | None:
@@ -79,6 +101,9 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's schema with the steering object's own."""
     if app.openapi_schema is None:
         built = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        openai.describe(built.setdefault("components", {}).setdefault("schemas", {}))
+        schemas = built.setdefault("components", {}).setdefault("schemas", {})
+        openai.describe(schemas)
+        jobs.describe(schemas)
+        captures.describe(schemas)
         app.openapi_schema = built
     return app.openapi_schema

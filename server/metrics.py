@@ -14,6 +14,7 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from steersman.server.detection import Score
 from steersman.server.reports import Overdose
 from steersman.steering.assets import KINDS
 from steersman.steering.errors import (
@@ -24,14 +25,20 @@ from steersman.steering.errors import (
     StoreError,
     StoreUnavailable,
     UnknownAsset,
+    UnknownCapture,
 )
 from steersman.steering.plan import Plan
 
 OUTCOMES = ("steered", "refused", "failed", "cancelled")
-REASONS = tuple(error.code for error in (UnknownAsset, AssetExists, AssetInUse, AssetCorrupt, StoreUnavailable))
+REASONS = tuple(
+    error.code for error in (UnknownAsset, UnknownCapture, AssetExists, AssetInUse, AssetCorrupt, StoreUnavailable)
+)
+FOUND = ("usual", "unusual", "unscored")
 MAX_ASSETS = 200
 OTHER = "other"
 BUILD_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+SCORES = (-20.0, -10.0, -5.0, -2.0, 0.0, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0, 10000.0)
 
 
 class Metrics:
@@ -57,6 +64,19 @@ class Metrics:
             "steersman_dosage_limited",
             "Edits beyond --steering-max-relative-norm, one for each token and layer, by asset and what was done.",
             ["asset", "action"],
+            registry=registry,
+        )
+        self.scores = Histogram(
+            "steersman_detector_score",
+            "-ln p of steered requests' answers under the detector's mixture.",
+            ["detector"],
+            registry=registry,
+            buckets=SCORES,
+        )
+        self.answers = Counter(
+            "steersman_detector_answers",
+            "Answers by what the detector found: usual, unusual (beyond its threshold), unscored (a signal lacks).",
+            ["detector", "outcome"],
             registry=registry,
         )
         self._assets: set[str] = set()
@@ -95,6 +115,19 @@ class Metrics:
         for i, step in enumerate(plan.steps):
             for asset in step.assets or ("none",):
                 self.dosage.labels(self._label(asset.partition("@")[0]), action).inc(over.get(i, 0))
+
+    def detects(self, detector: str) -> None:
+        """Answers are scored by this detector; its outcomes count from 0."""
+        for outcome in FOUND:
+            self.answers.labels(detector, outcome)
+
+    def scored(self, detector: str, scores: Iterable[Score], threshold: float) -> None:
+        for score in scores:
+            if score.value is None:
+                self.answers.labels(detector, "unscored").inc()
+                continue
+            self.scores.labels(detector).observe(score.value)
+            self.answers.labels(detector, "unusual" if score.value > threshold else "usual").inc()
 
     def store_failed(self, error: StoreError) -> None:
         self.store_errors.labels(error.code).inc()

@@ -27,6 +27,7 @@ from steersman.server.engine.monitor import GROUPS, OTHER
 from steersman.server.histograms import PreBucketed
 from steersman.server.live.feed import Feed
 from steersman.steering import spec
+from steersman.steering.detectors import BaselineMeta
 from steersman.steering.errors import SiteUnsupported, SteeringError
 from steersman.steering.plan import Plan
 from steersman.steering.sites import Site
@@ -134,6 +135,8 @@ class Monitoring:
         self.live = live  # gets the same statistics
         self.interval = interval
         self._busy = busy
+        self.baseline: BaselineMeta | None = None  # what norms are judged by, instead of those seen before
+        self._based = False  # whether the workers know it
         self._begun = -1  # sequences, at the last look: any number but this one means traffic
         self._more = False  # whether there was traffic at the last look, whose end the next reading brings
         self._received: dict[str, int] = {}  # by worker, the number of the last answer that arrived
@@ -175,6 +178,8 @@ class Monitoring:
         """One reading. Raises what the call raises."""
         if self.frontend.settings.watched:
             await self._watch_probes()
+        if self.baseline is not None and not self._based:
+            await self.tell_baseline()
         answers = await self.frontend.rpc("steersman_statistics", self.frontend.holder, dict(self._received))
         self.receive(a for a in answers if a is not None)
 
@@ -183,6 +188,7 @@ class Monitoring:
         for answer in answers:
             if answer["worker"] not in self._received:
                 self._watched = ""  # it may have started after it was told what to watch
+                self._based = False
             if answer["number"] > self._received.get(answer["worker"], 0):
                 self._received[answer["worker"]] = answer["number"]
                 self.metrics.take(answer)
@@ -201,6 +207,12 @@ class Monitoring:
         if plan.id != self._watched:
             await self.frontend.rpc("steersman_watch", plan.to_bytes())
             self._watched, self._refused = plan.id, ""
+
+    async def tell_baseline(self) -> None:
+        """Tells the workers which norms are usual. Raises what the call raises."""
+        assert self.baseline is not None
+        await self.frontend.rpc("steersman_baseline", list(self.baseline.mean), list(self.baseline.deviation))
+        self._based = True
 
     def _plan_of_probes(self) -> Plan:
         probes = [spec.Probe(vector=name) for name in self.frontend.settings.watched]

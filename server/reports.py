@@ -62,6 +62,7 @@ def _join(parts: Sequence[list[dict[str, Any]]], order: Sequence[str] = ()) -> l
                 known["probes"] += report["probes"]
                 known["over"] += report["over"]
                 known["tokens"] += report["tokens"]
+                known["signals"] |= report["signals"]
                 known["gates"] = [
                     a if a is not None else b for a, b in zip_longest(known["gates"], report["gates"])
                 ]  # a stage that lacks the plan knows of no gates, and says so in its error
@@ -81,9 +82,12 @@ def block(ticket: Ticket, raw: Sequence[dict[str, Any]], detail: str) -> dict[st
     }
     if plan.probe_names:
         out["probes"] = [_probe(plan, i, raw) for i in range(len(plan.probe_names))]
+    if any(r["signals"] for r in raw):
+        out["signals"] = [{"choice": i, "signals": _finite_all(r["signals"])} for i, r in enumerate(raw)]
     if detail == "tokens":
         out["sequences"] = [{"choice": i, **_series(plan, r)} for i, r in enumerate(raw)]
-    if warnings := [*plan.warnings, *_unmatched(ticket), *(over.warning(plan) for over in overdoses(raw))]:
+    said = [*_unmatched(ticket), *_untold(ticket, raw), *(over.warning(plan) for over in overdoses(raw))]
+    if warnings := [*plan.warnings, *said]:
         out["warnings"] = warnings
     return out
 
@@ -129,15 +133,16 @@ def _series(plan: Plan, raw: Mapping[str, Any]) -> dict[str, Any]:
     edits = {}
     for stage in stages:
         rows = stage["edits"]["values"]
-        for column, (i, layer) in enumerate(stage["edits"]["columns"]):
+        for column, (i, layer, site) in enumerate(stage["edits"]["columns"]):
             sizes = [row[column] for row in rows]
-            if (i, layer) not in edits or any(size is not None for size in sizes):
-                edits[i, layer] = sizes
+            if (i, layer, site) not in edits or any(size is not None for size in sizes):
+                edits[i, layer, site] = sizes
     return {
         **_probe_series(plan, [stage["probes"] for stage in stages]),
         "positions": stages[0]["edits"]["positions"],
         "interventions": [
-            {"index": i, "layer": layer, "relative_norms": sizes} for (i, layer), sizes in sorted(edits.items())
+            {"index": i, "layer": layer, "site": site, "relative_norms": sizes}
+            for (i, layer, site), sizes in sorted(edits.items())
         ],
     }
 
@@ -167,10 +172,7 @@ def _intervention(plan: Plan, index: int, raw: Sequence[dict[str, Any]], detail:
                 sums[1] += count
     out: dict[str, Any] = {
         "index": index,
-        "op": step.op,
-        "layers": list(step.layers),
-        "site": step.site.value,
-        "assets": list(step.assets),
+        **step.about(),
         "tokens": sum(r["edited"][index] for r in raw) + cached,
         "cached_tokens": cached,
         "mean_relative_norm": _mean(sum(s for s, _ in by_layer.values()), sum(n for _, n in by_layer.values())),
@@ -220,8 +222,18 @@ def _unmatched(ticket: Ticket) -> list[str]:
     return out
 
 
+def _untold(ticket: Ticket, raw: Sequence[dict[str, Any]]) -> list[str]:
+    """Signals that the engine does not know of every generated token."""
+    untold = [name for name in ticket.signals or () if not all(name in r["signals"] for r in raw)]
+    return [f"signal {name} is not known of every token: an engine that speculates has no entropies" for name in untold]
+
+
 def _mean(total: float, count: float) -> float | None:
     return _finite(total / count) if count else None
+
+
+def _finite_all(signals: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {n: {k: _finite(v) if isinstance(v, float) else v for k, v in s.items()} for n, s in signals.items()}
 
 
 def _finite(value: float) -> float | None:

@@ -21,6 +21,10 @@ def default_store() -> str:
     return str(Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local/share")) / "steersman/store")
 
 
+def default_captures() -> str:
+    return str(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "steersman/captures")
+
+
 def _option(default: Any, help: str) -> Any:
     if callable(default):
         return field(default_factory=default, metadata={"help": help})
@@ -43,12 +47,20 @@ class Settings:
     monitor_sample: str = _option("auto", "share of the forward passes that statistics look at: 1/N or a fraction")
     monitor_interval: float = _option(2.0, "seconds between two readings of the workers' statistics")
     monitor_probes: str = _option("", "stored vectors that statistics read in all requests, comma-separated")
+    norm_baseline: str | None = _option(None, "stored baseline that norms are judged by, NAME[@VERSION]")
+    detector: str | None = _option(None, "stored detector that scores steered requests' answers, NAME[@VERSION]")
     max_relative_norm: float | None = _option(None, "largest edit beside the stream, ‖Δx‖/‖x‖ at one token and place")
     dosage: str = _option("warn", "what happens to larger ones: warn, cap or refuse")
     policy: str = _option("auto", "robot policy that the model is: auto (by its config.json), none, openvla, bins")
     max_action_delta: float | None = _option(None, "largest motion in an action, in the robot's units: more is cut")
     max_image_mb: int = _option(8, "largest picture of an observation, MiB as sent")
     max_image_megapixels: int = _option(16, "largest picture of an observation, million pixels")
+    max_jobs: int = _option(8, "jobs (extraction, calibration) that may wait while one runs")
+    max_job_mb: int = _option(2048, "activations that one extraction may hold, MiB")
+    max_capture_mb: int = _option(256, "activations that one capture may take, and all at once, MiB")
+    max_capture_prompts: int = _option(256, "prompts of one call of /v1/steering/captures")
+    max_kept_captures_mb: int = _option(1024, "activations that are kept on the server, MiB")
+    captures: str = _option(default_captures, "folder where activations are kept")
     max_robots: int = _option(64, "robots connected by WebSocket at once")
     max_robot_rate: int = _option(100, "observations a second that one WebSocket may send")
 
@@ -69,6 +81,8 @@ class Settings:
         self.monitor_every  # noqa: B018 - raises for what is no share
         if self.policy not in CHOICES:
             raise ValueError(f"--steering-policy must be one of {', '.join(CHOICES)}")
+        if self.norm_baseline is not None and self.monitor == "off":
+            raise ValueError("--steering-norm-baseline needs --steering-monitor on")
         if self.admin_key == "":
             raise ValueError("--steering-admin-key must not be empty: everybody has an empty key")
         self.hooked_sites  # noqa: B018 - raises for an unknown site

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import FastAPI
 
+from steersman.server.budget import Budget
 from steersman.server.engine.frontend import Frontend
+from steersman.server.jobs import Runner
 from steersman.server.live.feed import Feed
 from steersman.server.metrics import Metrics
 from steersman.server.reports import Reports
@@ -23,6 +26,14 @@ class SteeringState:
     live: Feed | None = None  # what the live page shows; None with monitoring off
     counting: asyncio.Task[None] | None = None  # keeps the number of stored assets up to date
     watching: asyncio.Task[None] | None = None  # reads the workers' statistics
+    engine: Any = None  # vLLM's client of its engine
+    serving: Any = None  # vLLM's application state
+    capturing: Budget = field(init=False)  # what captures may hold on the workers
+    jobs: Runner = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.capturing = Budget(self.settings.max_capture_mb << 20)
+        self.jobs = Runner(self.settings.max_jobs)
 
 
 def state_of(app: FastAPI) -> SteeringState:

@@ -1,5 +1,7 @@
 """What an asset is: the frozen metadata of `asset.json`, by kind, and `Asset`, metadata with its tensors.
 
+The fields that all kinds share are in `steering/asset_fields.py`, recipes in `steering/recipes.py`.
+
 | kind | metadata | tensors (L = number of `layers`) |
 |---|---|---|
 | vector | site, layers | `vectors` [L, d], or [L, k, d] for a rank-k subspace |
@@ -8,6 +10,8 @@
 | recipe | rr_attn, rr_mlp, sources, targets, lambda_a, lambda_m | none |
 | affine | site, layers | `R` [L, r, d], `A` [L, r, d], `b` [L, r]; x' = x + Rᵀ(Ax + b − Rx) |
 | profile | steering: a request's `steering` object | none |
+| baseline | counts, mean, deviation: [n_layers], of ln‖x‖ at `resid_post` | none |
+| detector | features, hedges, threshold, and the mixture of `steering/mixture.py` | none |
 
 Tensors are float32, float16 or bfloat16, finite, on the CPU; a dictionary's may stay on disk (`RowFile`), and its
 labels are integers (`steering/labels.py`). d is d_model at the sites of that width; at `attn_z` and
@@ -17,25 +21,26 @@ labels are integers (`steering/labels.py`). d is d_model at the sites of that wi
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, get_args
 
 import torch
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
+from steersman.steering.asset_fields import (
+    CommonMeta,
+    Count,
+    FreeObject,
+    Index,
+    Layers,
+    ModelRef,
+    Shapes,
+    canonical_json,
+    expect_tensors,
+    is_name,
+)
+from steersman.steering.detectors import BaselineMeta, DetectorMeta
 from steersman.steering.errors import (
     InvalidRequest,
     LayerOutOfRange,
@@ -45,10 +50,37 @@ from steersman.steering.errors import (
     WidthMismatch,
     join_path,
 )
+from steersman.steering.recipes import RecipeMeta
 from steersman.steering.rows import RowFile
 from steersman.steering.sites import Site
 
-Kind = Literal["vector", "dictionary", "neurons", "recipe", "affine", "profile"]
+__all__ = [
+    "DTYPES",
+    "D_MODEL_SITES",
+    "KINDS",
+    "LABEL_DTYPES",
+    "VERSION_LENGTH",
+    "AffineMeta",
+    "Asset",
+    "AssetMeta",
+    "BaselineMeta",
+    "DetectorMeta",
+    "DictionaryMeta",
+    "ModelRef",
+    "NeuronsMeta",
+    "ProfileMeta",
+    "RecipeMeta",
+    "VectorMeta",
+    "canonical_json",
+    "content_sha256",
+    "dump_metadata",
+    "is_name",
+    "parse_metadata",
+    "tensor_specs",
+    "validation_error",
+]
+
+Kind = Literal["vector", "dictionary", "neurons", "recipe", "affine", "profile", "baseline", "detector"]
 Architecture = Literal["standard", "topk", "jumprelu", "gated", "matching_pursuit", "linear", "basis"]
 
 D_MODEL_SITES: Final = frozenset(Site) - {Site.ATTN_Z, Site.MLP_POST}
@@ -58,7 +90,6 @@ DTYPES: Final[dict[str, torch.dtype]] = {
     "bfloat16": torch.bfloat16,
 }
 VERSION_LENGTH: Final = 12
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 LABEL_DTYPES: Final[dict[str, torch.dtype]] = {"labels": torch.uint8, "label_ends": torch.int64}
 _ENCODER: Final[dict[str, tuple[str, ...]]] = {  # of a dictionary: what its encoder takes, a row or number per feature
     "standard": ("encoder", "b_enc"),
@@ -71,42 +102,6 @@ _ENCODER: Final[dict[str, tuple[str, ...]]] = {  # of a dictionary: what its enc
 }
 
 
-def is_name(name: str) -> bool:
-    """Whether `name` may name an asset. It becomes a folder's name, so nothing that could leave the store's root."""
-    return _NAME.fullmatch(name) is not None and ".." not in name
-
-
-def _check_name(name: str) -> str:
-    if not is_name(name):
-        raise ValueError("a name is 1 to 128 of A-Z a-z 0-9 . _ -, starts with a letter or digit and has no '..'")
-    return name
-
-
-def canonical_json(value: Any) -> str:
-    """One text per JSON value: sorted keys, no spaces, ASCII, no NaN or infinity."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def _as_json(value: Any) -> Any:
-    """A copy of `value` as JSON holds it: what is hashed and stored is what the asset in memory says."""
-    try:
-        return json.loads(canonical_json(value))
-    except (TypeError, RecursionError) as error:
-        raise ValueError("must be plain JSON") from error
-
-
-def _check_tokens(value: Any) -> Any:
-    if not isinstance(value, str | dict):
-        raise ValueError("a token selection is a word or an object")
-    return _as_json(value)
-
-
-def _check_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
-    if any(b <= a for a, b in itertools.pairwise(layers)):
-        raise ValueError("layers must be strictly increasing")
-    return layers
-
-
 def _check_read_site(site: str) -> str:
     if site not in (*Site, "mlp_in"):
         raise ValueError(f"must be mlp_in or one of {', '.join(Site)}")
@@ -114,66 +109,9 @@ def _check_read_site(site: str) -> str:
 
 
 ReadSite = Annotated[str, AfterValidator(_check_read_site)]
-Index = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Layers = Annotated[tuple[Index, ...], Field(min_length=1), AfterValidator(_check_layers)]
-Text = Annotated[str, Field(max_length=65536)]
-FreeObject = Annotated[dict[str, Any], AfterValidator(_as_json)]
-Shapes = Mapping[str, tuple[int, ...]]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelRef(_Frozen):
-    """The model that an asset was made for."""
-
-    id: Annotated[str, Field(min_length=1, max_length=512)]
-    n_layers: Count
-    d_model: Count
-    fingerprint: str | None = None  # of the weights, when known
-
-
-class Recommended(_Frozen):
-    """The strength to use when a request names none, and how it was found."""
-
-    scale: Number
-    how: Text = ""
-
-
-class _Common(_Frozen):
-    name: Annotated[str, AfterValidator(_check_name)]
-    model: ModelRef
-    source: Text = ""
-    licence: Text = ""
-    description: Text = ""
-    provenance: FreeObject = Field(default_factory=dict)  # how it was created: method, data, tool, ...
-    recommended: Recommended | None = None
-    tokens: Annotated[Any, AfterValidator(_check_tokens)] = None  # default token selection; absent: the op's own
-
-    @property
-    def edited_layers(self) -> tuple[int, ...]:
-        """The layers that the asset has something for, ascending."""
-        return ()
-
-    def check_tensors(self, shapes: Shapes) -> None:
-        """Raises unless `shapes` is what the metadata announces."""
-        _names(shapes, ())
-
-    @model_validator(mode="after")
-    def _layers_in_model(self) -> _Common:
-        if self.edited_layers and self.edited_layers[-1] >= self.model.n_layers:
-            raise PydanticCustomError(
-                "layer_out_of_range",
-                "layer {layer} is beyond the model's {n} layers, which count from 0",
-                {"layer": self.edited_layers[-1], "n": self.model.n_layers},
-            )
-        return self
-
-
-class VectorMeta(_Common):
+class VectorMeta(CommonMeta):
     kind: Literal["vector"]
     site: Site = Site.RESID_POST
     layers: Layers
@@ -183,7 +121,7 @@ class VectorMeta(_Common):
         return self.layers
 
     def check_tensors(self, shapes: Shapes) -> None:
-        _names(shapes, ("vectors",))
+        expect_tensors(shapes, ("vectors",))
         shape = shapes["vectors"]
         if len(shape) not in (2, 3) or shape[0] != len(self.layers) or not all(shape) or len(shape) == 3 > shape[2]:
             raise _bad_shape("vectors", shape, f"[{len(self.layers)}, d] or [{len(self.layers)}, k, d]")
@@ -192,7 +130,7 @@ class VectorMeta(_Common):
         _width(self, "vectors", shape[-1])
 
 
-class DictionaryMeta(_Common):
+class DictionaryMeta(CommonMeta):
     """Features; what an architecture computes is in `steering/dictionaries.py`."""
 
     kind: Literal["dictionary"]
@@ -225,7 +163,7 @@ class DictionaryMeta(_Common):
     def check_tensors(self, shapes: Shapes) -> None:
         encoder = _ENCODER[self.architecture]
         further = {"labels", "label_ends"} & set(shapes) | {"skip"} & set(shapes if self.read_site else ())
-        _names(shapes, ("decoder", "b_dec", *encoder, *further))
+        expect_tensors(shapes, ("decoder", "b_dec", *encoder, *further))
         if len(shapes["decoder"]) != 2 or not all(shapes["decoder"]):
             raise _bad_shape("decoder", shapes["decoder"], "[m, d]")
         m, width = shapes["decoder"]
@@ -241,12 +179,12 @@ class DictionaryMeta(_Common):
         if "skip" in further:
             _expect(shapes, "skip", (width, d))
         if {"labels", "label_ends"} & further:
-            _names({k: v for k, v in shapes.items() if k in LABEL_DTYPES}, ("label_ends", "labels"))
+            expect_tensors({k: v for k, v in shapes.items() if k in LABEL_DTYPES}, ("label_ends", "labels"))
             _expect(shapes, "label_ends", (m,))
             _expect(shapes, "labels", shapes["labels"][:1])
 
 
-class NeuronsMeta(_Common):
+class NeuronsMeta(CommonMeta):
     kind: Literal["neurons"]
     neurons: Annotated[tuple[tuple[Index, Index], ...], Field(min_length=1)]  # (layer, index in mlp_post)
     d_ff: Count | None = None
@@ -264,37 +202,7 @@ class NeuronsMeta(_Common):
         return self
 
 
-class ByComponent(_Frozen):
-    """Layers of attention and of MLP outputs, ranked separately by the tracing that made the recipe."""
-
-    attn: Annotated[tuple[Index, ...], AfterValidator(_check_layers)] = ()
-    mlp: Annotated[tuple[Index, ...], AfterValidator(_check_layers)] = ()
-
-
-class RecipeMeta(_Common):
-    """Same-pass injection: ã(l) = a(l) + λ·Σ_{k in sources, k < l} RR_k·a(k) for l in targets, rescaled to ‖a(l)‖."""
-
-    kind: Literal["recipe"]
-    rr_attn: tuple[Number, ...]  # [n_layers] recovery rate of each layer's attention output
-    rr_mlp: tuple[Number, ...]  # [n_layers] recovery rate of each layer's MLP output
-    sources: ByComponent
-    targets: ByComponent
-    lambda_a: Number
-    lambda_m: Number
-
-    @property
-    def edited_layers(self) -> tuple[int, ...]:
-        sides = (self.sources.attn, self.sources.mlp, self.targets.attn, self.targets.mlp)
-        return tuple(sorted({layer for side in sides for layer in side}))
-
-    @model_validator(mode="after")
-    def _complete(self) -> RecipeMeta:
-        if {len(self.rr_attn), len(self.rr_mlp)} != {self.model.n_layers}:
-            raise ValueError("rr_attn and rr_mlp need one recovery rate for each of the model's layers")
-        return self
-
-
-class AffineMeta(_Common):
+class AffineMeta(CommonMeta):
     kind: Literal["affine"]
     site: Site = Site.RESID_POST
     layers: Layers
@@ -304,7 +212,7 @@ class AffineMeta(_Common):
         return self.layers
 
     def check_tensors(self, shapes: Shapes) -> None:
-        _names(shapes, ("R", "A", "b"))
+        expect_tensors(shapes, ("R", "A", "b"))
         shape = shapes["R"]
         if len(shape) != 3 or shape[0] != len(self.layers) or not all(shape) or shape[1] > shape[2]:
             raise _bad_shape("R", shape, f"[{len(self.layers)}, r, d] with r at most d")
@@ -313,13 +221,14 @@ class AffineMeta(_Common):
         _expect(shapes, "b", shape[:2])
 
 
-class ProfileMeta(_Common):
+class ProfileMeta(CommonMeta):
     kind: Literal["profile"]
     steering: FreeObject  # a request's `steering` object; its meaning is checked where requests are
 
 
 AssetMeta = Annotated[
-    VectorMeta | DictionaryMeta | NeuronsMeta | RecipeMeta | AffineMeta | ProfileMeta, Field(discriminator="kind")
+    VectorMeta | DictionaryMeta | NeuronsMeta | RecipeMeta | AffineMeta | ProfileMeta | BaselineMeta | DetectorMeta,
+    Field(discriminator="kind"),
 ]
 _ADAPTER: TypeAdapter[AssetMeta] = TypeAdapter(AssetMeta)
 
@@ -443,12 +352,6 @@ def _check_label_ends(ends: torch.Tensor, length: int) -> None:
     steps = torch.diff(ends, prepend=torch.zeros(1, dtype=ends.dtype))
     if (steps < 0).any() or int(ends[-1]) != length:
         raise InvalidRequest(f"must not decrease, and end at {length}, the length of labels", "tensors.label_ends")
-
-
-def _names(shapes: Shapes, wanted: tuple[str, ...]) -> None:
-    if set(shapes) != set(wanted):
-        have, want = ", ".join(sorted(shapes)) or "none", ", ".join(wanted) or "none"
-        raise InvalidRequest(f"tensors: {have}; wanted: {want}", "tensors")
 
 
 def _expect(shapes: Shapes, name: str, want: tuple[int, ...]) -> None:

@@ -15,12 +15,13 @@ normalisation, z = input_scale·x,
 | basis | none: directions only (SNMF features, meta-features) |
 
 The first three and `linear` depend on one row of the encoder: they are rows of a block (`kernels/program.py`). gated:
-u > −b_gate is the same as exp(r)·u + b_mag > b_mag − exp(r)·b_gate, a threshold.
+u > −b_gate is the same as exp(r)·u + b_mag > b_mag − exp(r)·b_gate, a threshold. `topk`, `matching_pursuit` and those
+whose input is rescaled token by token take the whole encoder (`steering/encoders.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,13 @@ def check_indices(asset: Asset, indices: Sequence[int]) -> None:
     count = asset.shapes["decoder"][0]
     if max(indices) >= count:
         raise OutOfRange(f"feature {max(indices)} does not exist: {asset.ref} has {count}, counted from 0")
+
+
+def takes_all(meta: DictionaryMeta) -> bool:
+    """Whether one feature's activation, read where the dictionary writes, takes its whole encoder."""
+    if meta.read_site is not None or meta.architecture == "basis":
+        return False  # nothing there would tell it
+    return meta.architecture in ("topk", "matching_pursuit") or meta.normalize == "constant_norm_rescale"
 
 
 def reads(asset: Asset, indices: Sequence[int]) -> Reads:
@@ -112,25 +120,37 @@ def encode(asset: Asset, x: Tensor) -> Tensor:
     meta = dictionary(asset)
     if meta.architecture == "basis":
         raise FeatureUnreadable(f"{asset.ref} has directions only and no encoder")
+    return activations(meta, asset.tensors, asset.shapes["decoder"][0], x)
+
+
+def encoder_tensors(meta: DictionaryMeta) -> tuple[str, ...]:
+    """The tensors that :func:`activations` needs."""
+    matrix = "decoder" if meta.architecture == "matching_pursuit" else "encoder"
+    numbers = {"gated": ("b_gate", "b_mag", "r_mag"), "matching_pursuit": (), "jumprelu": ("b_enc", "threshold")}
+    before = ("b_dec",) if meta.apply_b_dec_to_input else ()
+    return (matrix, *before, *numbers.get(meta.architecture, ("b_enc",)))
+
+
+def activations(meta: DictionaryMeta, tensors: Mapping[str, Tensor], count: int, x: Tensor) -> Tensor:
+    """The same of a dictionary of ``count`` features, given its :func:`encoder_tensors`."""
     z = _normalised(meta, x.float())[0]
     if meta.apply_b_dec_to_input:
-        z = z - asset.tensors["b_dec"].float()
+        z = z - tensors["b_dec"].float()
     if meta.architecture == "matching_pursuit":
-        return _pursue(z, asset.tensors["decoder"].float(), meta)
-    count = asset.shapes["encoder"][0]
+        return _pursue(z, tensors["decoder"].float(), meta)
     parts = [range(at, min(at + _ROWS, count)) for at in range(0, count, _ROWS)]
-    out = torch.cat([z @ take(asset.tensors, "encoder", part).float().T for part in parts], dim=1)
+    out = torch.cat([z @ take(tensors, "encoder", part).float().T for part in parts], dim=1)
     if meta.architecture == "gated":
-        b_gate, b_mag, r_mag = (asset.tensors[name].float() for name in ("b_gate", "b_mag", "r_mag"))
+        b_gate, b_mag, r_mag = (tensors[name].float() for name in ("b_gate", "b_mag", "r_mag"))
         return torch.where(out + b_gate > 0, (r_mag.exp() * out + b_mag).relu(), 0)
-    out += asset.tensors["b_enc"].float()
+    out += tensors["b_enc"].float()
     if meta.architecture == "linear":
         return out
     if meta.architecture == "topk":
         assert meta.k is not None
         values, chosen = out.topk(min(meta.k, count), dim=1)
         return torch.zeros_like(out).scatter_(1, chosen, values.relu())
-    floor = asset.tensors["threshold"].float().clamp_min(0) if meta.architecture == "jumprelu" else 0.0
+    floor = tensors["threshold"].float().clamp_min(0) if meta.architecture == "jumprelu" else 0.0
     return torch.where(out > floor, out, 0)
 
 
@@ -204,9 +224,11 @@ def _refuse_unreadable(asset: Asset, meta: DictionaryMeta) -> None:
         count = asset.shapes["decoder"][0]
         why = f"is {meta.architecture}: one feature's activation takes all {count} of them, for every token"
     elif meta.normalize != "none":
-        why = f"normalises each token ({meta.normalize}), which the reads of an edit do not"
+        why = f"normalises each token ({meta.normalize}), which one row does not"
     if why is not None:
         hint = f"use {_ADD}, which needs no activation"
+        if takes_all(meta):
+            hint = 'gates and probes read one row; op "feature" encodes them all'
         if meta.architecture == "topk":
-            hint += ", or a JumpReLU export of it"
+            hint += ", and a JumpReLU export of it has its own threshold"
         raise FeatureUnreadable(f"{asset.ref} {why}; {hint}")

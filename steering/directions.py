@@ -14,13 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.steering.activations import CaptureFile
 from steersman.steering.assets import (
     AffineMeta,
     Asset,
+    BaselineMeta,
+    DetectorMeta,
     DictionaryMeta,
     ModelRef,
     NeuronsMeta,
     ProfileMeta,
+    RecipeMeta,
     VectorMeta,
 )
 from steersman.steering.errors import (
@@ -31,6 +35,7 @@ from steersman.steering.errors import (
     LayerOutOfRange,
     ModelMismatch,
     NonFinite,
+    UnknownCapture,
     WidthMismatch,
 )
 from steersman.steering.sites import ModelInfo, Site
@@ -38,7 +43,9 @@ from steersman.steering.spec import Inline, InlineVector, Layers, Vector
 
 MAX_INLINE_BYTES = 64 * 2**20
 MAX_RANK = 256  # of an inline subspace, whose basis is computed within the request
-M = TypeVar("M", VectorMeta, DictionaryMeta, NeuronsMeta, AffineMeta, ProfileMeta)
+M = TypeVar(
+    "M", VectorMeta, DictionaryMeta, NeuronsMeta, AffineMeta, ProfileMeta, RecipeMeta, BaselineMeta, DetectorMeta
+)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -46,6 +53,12 @@ class Assets(Protocol):
     """Where assets come from; :class:`steersman.steering.store.Store` is one."""
 
     def get(self, ref: str) -> Asset: ...
+
+
+class Captures(Protocol):
+    """Where kept captures come from. Raises UnknownCapture."""
+
+    def open(self, capture_id: str) -> CaptureFile: ...
 
 
 @dataclass(frozen=True)
@@ -90,8 +103,17 @@ class _Pinned:
 class Library:
     """Assets as plans need them. ``any_model`` lets assets of other models pass where their sizes fit."""
 
-    def __init__(self, assets: Assets, model: ModelInfo, *, aliases: tuple[str, ...] = (), any_model: bool = False):
+    def __init__(
+        self,
+        assets: Assets,
+        model: ModelInfo,
+        *,
+        aliases: tuple[str, ...] = (),
+        any_model: bool = False,
+        captures: Captures | None = None,
+    ) -> None:
         self.assets = assets
+        self.captures = captures
         self.model = model
         self.any_model = any_model
         self._names = {_last(n) for n in (model.name, *aliases)}
@@ -122,6 +144,26 @@ class Library:
 
     def affine(self, ref: str) -> tuple[Asset, AffineMeta]:
         return self.asset(ref, AffineMeta)
+
+    def recipe(self, ref: str) -> tuple[Asset, RecipeMeta]:
+        return self.asset(ref, RecipeMeta)
+
+    def baseline(self, ref: str) -> BaselineMeta:
+        return self.asset(ref, BaselineMeta)[1]
+
+    def detector(self, ref: str) -> tuple[str, DetectorMeta]:
+        """The asset's ref and metadata."""
+        asset, meta = self.asset(ref, DetectorMeta)
+        return asset.ref, meta
+
+    def capture(self, capture_id: str) -> CaptureFile:
+        """A kept capture of the served model."""
+        if self.captures is None:
+            raise UnknownCapture("no captures are kept here")
+        found = self.captures.open(capture_id)
+        if not self.any_model and _last(found.about["model"]) not in self._names:
+            raise ModelMismatch(f"the capture is of {found.about['model']}; this server runs {self.model.name}")
+        return found
 
     def profile(self, ref: str) -> ProfileMeta:
         return self.asset(ref, ProfileMeta)[1]

@@ -25,8 +25,11 @@
     ├── RateLimited                   429  rate_limited            a robot sends observations faster than it may
     ├── PolicyUnavailable             501  policy_unavailable      the served model is no robot policy
     ├── TooManySessions               503  too_many_sessions       as many robots or viewers are there as may be
+    ├── UnknownJob                    404  job_not_found           no such job is remembered
+    ├── TooManyJobs                   503  too_many_jobs           as many jobs wait as may
     ├── FormatUnavailable             501  format_unavailable      the library that reads the format is not installed
     ├── StoreError                    (abstract)
+    │   ├── UnknownCapture            404  capture_not_found       no such capture is kept
     │   ├── UnknownAsset              404  asset_not_found         no such name or version
     │   ├── AssetExists               409  asset_exists            the name or version is taken by other content
     │   ├── AssetInUse                409  asset_in_use            e.g. the default profile cannot be deleted
@@ -185,6 +188,16 @@ class TooManySessions(SteeringError):
     code = "too_many_sessions"
 
 
+class UnknownJob(SteeringError):
+    status = 404
+    code = "job_not_found"
+
+
+class TooManyJobs(SteeringError):
+    status = 503
+    code = "too_many_jobs"
+
+
 class FormatUnavailable(SteeringError):
     status = 501
     code = "format_unavailable"
@@ -199,6 +212,11 @@ class StoreError(SteeringError):
 class UnknownAsset(StoreError):
     status = 404
     code = "asset_not_found"
+
+
+class UnknownCapture(StoreError):
+    status = 404
+    code = "capture_not_found"
 
 
 class AssetExists(StoreError):

@@ -7,7 +7,7 @@ for the K heads whose probes are best, at the prompt's last token and at every g
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,11 +75,18 @@ def find_heads(
     )
 
 
-def head_assets(found: HeadDirections, name: str, model: ModelRef, alpha: float = 15.0, **fields: Any) -> list[Asset]:
+def head_assets(
+    found: HeadDirections,
+    name: str,
+    model: ModelRef,
+    alpha: float = 15.0,
+    provenance: Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> list[Asset]:
     """Two assets: the vector `NAME-heads` at `attn_z`, and the profile `NAME` that adds it to the chosen heads.
 
-    `alpha` is the strength in standard deviations (the paper's best is 15). `fields`: source, licence, ... of both.
-    The profile names the vector's exact version.
+    `alpha` is the strength in standard deviations (the paper's best is 15). `provenance` is added to what the vector's
+    says of the method. `fields`: source, licence, ... of both. The profile names the vector's exact version.
     """
     kept = [i for i, layer in enumerate(found.layers) if any(layer == chosen for chosen, _ in found.heads)]
     common = {"model": model.model_dump(mode="json"), "tokens": TOKENS, **fields}
@@ -89,7 +96,12 @@ def head_assets(found: HeadDirections, name: str, model: ModelRef, alpha: float 
         "kind": "vector",
         "site": "attn_z",
         "layers": [found.layers[i] for i in kept],
-        "provenance": {"method": "iti", "heads": [list(head) for head in found.heads], "held_out_accuracy": accuracy},
+        "provenance": {
+            **(provenance or {}),
+            "method": "iti",
+            "heads": [list(head) for head in found.heads],
+            "held_out_accuracy": accuracy,
+        },
         **common,
     }
     vector = Asset(parse_metadata(about), {"vectors": found.vectors[kept]})

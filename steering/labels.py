@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from steersman.steering.errors import InvalidRequest, StoreUnavailable
 
 MAX_LABEL = 4096  # characters
 _BATCH = 8192
+_AT_ONCE = 1000  # features in one question
 
 
 class Labelled(NamedTuple):
@@ -112,6 +113,19 @@ class Labels:
             raise InvalidRequest("has no word to look for", "query")
         where, order = ("WHERE label MATCH ?", "rank, rowid") if words else ("", "rowid")
         given = [" ".join(words).encode("utf-8", "replace").decode()] if words else []
+        return self._retry(where, order, given, limit, offset)
+
+    def of(self, features: Collection[int]) -> dict[int, str]:
+        """The labels of these features; those without one are left out."""
+        chosen = sorted(features)
+        out: dict[int, str] = {}
+        for at in range(0, len(chosen), _AT_ONCE):
+            part = chosen[at : at + _AT_ONCE]
+            found, _ = self._retry(f"WHERE rowid IN ({','.join(map(str, part))})", "rowid", [], len(part), 0)
+            out.update(found)
+        return out
+
+    def _retry(self, where: str, order: str, given: list[str], limit: int, offset: int) -> tuple[list[Labelled], int]:
         try:
             return self._find(where, order, given, limit, offset)
         except sqlite3.DatabaseError:  # damaged, or deleted since

@@ -8,15 +8,19 @@ returns one block; formulae are section by section those of the request's docume
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Collection
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from steersman.kernels.program import Block, Rows
+from steersman.kernels.program import Block, Encode, Rows
 from steersman.steering.dictionaries import Reads
-from steersman.steering.errors import InvalidRequest, NonFinite
-from steersman.steering.plan import constant_block, linear_block
+from steersman.steering.errors import InvalidRequest, NonFinite, OutOfRange
+from steersman.steering.plan import Injection, constant_block, linear_block
+from steersman.steering.recipes import COMPONENTS, Recipe
+
+MAX_WEIGHT: Final = 1e6  # of an injected activation: far beyond any use, and float32 sums stay finite
 
 
 def unit(v: Tensor) -> Tensor:
@@ -98,17 +102,18 @@ def feature(
     values: list[float],
     only_if_active: bool = False,
     relative: bool = False,
+    encode: Encode | None = None,
     **flags: Any,
 ) -> Block:
     """x + Σ_j (a′_j − a_j)·write_j, every a_j read off the same x.
 
-    write [k, d]; without `reads` only mode ``add``, which is the same whatever the activations are. `relative`: `write`
-    is in units of ‖x‖.
+    write [k, d]. a comes of `reads`, or of `encode` where that takes more; with neither, only mode ``add`` can be done,
+    which is the same whatever the activations are. `relative`: `write` is in units of ‖x‖.
     """
     value = torch.tensor(values)
     if not torch.isfinite(write * value[:, None]).all():
         raise NonFinite("value times the feature's direction is beyond float32")
-    if reads is None:
+    if reads is None and encode is None:
         assert (mode, only_if_active) == ("add", False), "the caller refuses what needs an activation"
         return linear_block(i, dense(write), None, offset=value, relative=relative, **flags)
     gain, offset = {
@@ -118,9 +123,12 @@ def feature(
         "ablate": (torch.zeros_like(value), torch.zeros_like(value)),
     }[mode]
     low, high = torch.full_like(value, -math.inf), torch.full_like(value, math.inf)
-    rows = dense(write), dense(reads.direction)
+    flags |= {"only_if_active": only_if_active, "relative": relative}
+    if reads is None:
+        zero = torch.zeros_like(value)  # a feature that is not active has t = 0
+        return Block(i, dense(write), None, zero, zero, gain, offset, low, high, encode=encode, **flags)
     scalars = reads.bias, reads.threshold, gain, offset, low, high
-    return Block(i, *rows, *scalars, only_if_active=only_if_active, **flags)
+    return Block(i, dense(write), dense(reads.direction), *scalars, **flags)
 
 
 def heads_factor(i: int, heads: list[int], d_head: int, width: int, factor: float, **flags: Any) -> Block:
@@ -140,3 +148,25 @@ def affine(i: int, r: Tensor, a: Tensor, b: Tensor, strength: float, **flags: An
     """x + strength·Rᵀ(Ax + b − Rx) for R, A [k, d] and b [k]."""
     read = dense((a.double() - r.double()).float())
     return linear_block(i, dense(r.float() * strength), read, bias=b, gain=2.0, **flags)  # a' − a = t + b
+
+
+def patch(i: int, row: Tensor, basis: Tensor | None, **flags: Any) -> Block:
+    """x replaced by ``row`` [d], or x + VᵀV(row − x) for an orthonormal basis V of the rows of ``basis`` [k, d]."""
+    rows = Rows(len(row), columns=torch.arange(len(row))) if basis is None else dense(orthonormal(basis))
+    offset = row if basis is None else (rows.to_dense().double() @ row.double()).float()
+    return linear_block(i, rows, rows, gain=0.0, offset=offset, **flags)
+
+
+def inject(i: int, recipe: Recipe, layers: Collection[int], scale: float, gate: int = -1) -> list[Injection]:
+    """x + Σ_k scale·λ·RR_k·x_k rescaled to ‖x‖, at those of the recipe's targets that are among ``layers``."""
+    out = []
+    for name, site in COMPONENTS.items():
+        part = recipe.component(name)
+        targets = tuple(layer for layer in part.receiving if layer in layers)
+        sources = tuple((k, scale * part.strength * part.rates[k]) for k in part.sources if targets and k < targets[-1])
+        for layer, weight in sources:
+            if not abs(weight) <= MAX_WEIGHT:
+                raise OutOfRange(f"scale·λ·RR is {weight:.3g} for layer {layer}'s {site.value}; at most {MAX_WEIGHT:g}")
+        if targets:
+            out.append(Injection(i, site, sources, targets, gate))
+    return out

@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from steersman.kernels.program import Block, Rows
+from steersman.steering.encoders import FeatureEncode
 from steersman.steering.sites import ORDER, Site
 from steersman.steering.spec import Tokens
 
@@ -46,11 +47,26 @@ class Step:
 
     op: str
     layers: tuple[int, ...]
-    site: Site
+    site: Site | None  # None: several, as `by_site` says
     tokens: Tokens
     assets: tuple[str, ...] = ()  # "name@version", or "inline"
     path: str = ""  # where it stands in the request
     gate: int = -1  # index into the plan's gates, -1: none
+    by_site: tuple[tuple[Site, tuple[int, ...]], ...] = ()  # of one that works at several sites: its layers at each
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where it edits."""
+        if self.site is not None:
+            return tuple(Place(layer, self.site) for layer in self.layers)
+        return tuple(Place(layer, site) for site, layers in self.by_site for layer in layers)
+
+    def about(self) -> dict[str, Any]:
+        """What answers say of it before it is done."""
+        out: dict[str, Any] = {"op": self.op, "layers": list(self.layers), "site": self.site and self.site.value}
+        if self.by_site:
+            out["sites"] = {site.value: list(layers) for site, layers in self.by_site}
+        return {**out, "assets": list(self.assets)}
 
 
 @dataclass(frozen=True)
@@ -99,9 +115,33 @@ class ProbeRead:
 
 
 @dataclass(frozen=True)
+class Injection:
+    """Same-pass injection at one site: x at the targets moves along what the sources before it put out, then ‖x‖.
+
+    y = x + Σ weight·x_k over the sources k before the target, and x′ = y·‖x‖/‖y‖. x_k is layer k's own activation of
+    the same row, before any edit at that place.
+    """
+
+    intervention: int
+    site: Site
+    sources: tuple[tuple[int, float], ...]  # (layer, scale·λ·RR), ascending
+    targets: tuple[int, ...]  # layers, each after the first source
+    gate: int = -1  # index into the plan's gates, -1: always open
+
+    @property
+    def written(self) -> tuple[Place, ...]:
+        return tuple(Place(layer, self.site) for layer in self.targets)
+
+    @property
+    def read(self) -> tuple[Place, ...]:
+        return tuple(Place(layer, self.site) for layer, _ in self.sources)
+
+
+@dataclass(frozen=True)
 class Plan:
     steps: tuple[Step, ...]
     blocks: Mapping[Place, tuple[Block, ...]]  # in request order
+    injections: tuple[Injection, ...] = field(default=(), kw_only=True)
     gates: tuple[GateRead, ...] = ()
     probes: tuple[ProbeRead, ...] = ()
     probe_names: tuple[str, ...] = ()
@@ -135,6 +175,16 @@ class Plan:
                 dots[:, column] = activation(dots[:, column])
         return dots
 
+    @cached_property
+    def encodes(self) -> tuple[tuple[Place, FeatureEncode], ...]:
+        """The whole encodes that it makes for each token that it edits, in the order of a pass."""
+        return tuple(
+            (place, block.encode)
+            for place in sorted(self.blocks, key=lambda p: p.order)
+            for block in self.blocks[place]
+            if isinstance(block.encode, FeatureEncode)
+        )
+
     @property
     def selectors(self) -> list[Tokens]:
         return [step.tokens for step in self.steps]
@@ -142,7 +192,13 @@ class Plan:
     @property
     def places(self) -> set[Place]:
         """Every place that is edited or read."""
-        return set(self.blocks) | {g.place for g in self.gates} | {p.place for p in self.probes}
+        read = {g.place for g in self.gates} | {p.place for p in self.probes}
+        return self.edited | read | {place for i in self.injections for place in i.read}
+
+    @property
+    def edited(self) -> set[Place]:
+        """Every place that is edited."""
+        return set(self.blocks) | {place for i in self.injections for place in i.written}
 
     def to_bytes(self) -> bytes:
         tensors: dict[str, Tensor] = {}
@@ -158,8 +214,21 @@ class Plan:
 
         header = {
             "steps": [
-                [s.op, list(s.layers), s.site.value, _selector(s.tokens), list(s.assets), s.path, s.gate]
+                [
+                    s.op,
+                    list(s.layers),
+                    s.site and s.site.value,
+                    _selector(s.tokens),
+                    list(s.assets),
+                    s.path,
+                    s.gate,
+                    [[site.value, list(layers)] for site, layers in s.by_site],
+                ]
                 for s in self.steps
+            ],
+            "injections": [
+                [i.intervention, i.site.value, [list(s) for s in i.sources], list(i.targets), i.gate]
+                for i in self.injections
             ],
             "blocks": [
                 [place.layer, place.site.value, [_pack_block(b, put) for b in self.blocks[place]]]
@@ -183,9 +252,10 @@ class Plan:
         header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["plan"])
         tensors = load(data)
         plan = cls(
-            steps=tuple(
-                Step(op, tuple(layers), Site(site), _TOKENS.validate_json(json.dumps(tokens)), tuple(assets), *rest)
-                for op, layers, site, tokens, assets, *rest in header["steps"]
+            steps=tuple(_unpack_step(step) for step in header["steps"]),
+            injections=tuple(
+                Injection(i, Site(site), tuple((k, w) for k, w in sources), tuple(targets), gate)
+                for i, site, sources, targets, gate in header["injections"]
             ),
             blocks={
                 Place(layer, Site(site)): tuple(_unpack_block(b, tensors) for b in blocks)
@@ -247,6 +317,13 @@ def _flat(place: Place) -> tuple[int, str]:
     return place.layer, place.site.value
 
 
+def _unpack_step(data: list[Any]) -> Step:
+    op, layers, site, tokens, assets, path, gate, by_site = data
+    selector = _TOKENS.validate_json(json.dumps(tokens))
+    places = tuple((Site(s), tuple(at)) for s, at in by_site)
+    return Step(op, tuple(layers), site and Site(site), selector, tuple(assets), path, gate, places)
+
+
 def _pack_read(read: GateRead | ProbeRead) -> list[float | None] | None:
     return None if read.activation is None else [read.activation.bias, read.activation.threshold]
 
@@ -281,11 +358,12 @@ def _pack_block(b: Block, put: Any) -> list[Any]:
         _pack_rows(b.read, put),
         vectors,
         [int(getattr(b, f)) for f in _FLAGS],
+        b.encode.to_json() if isinstance(b.encode, FeatureEncode) else None,
     ]
 
 
 def _unpack_block(data: list[Any], tensors: Mapping[str, Tensor]) -> Block:
-    intervention, write, read, vectors, flags = data
+    intervention, write, read, vectors, flags, encode = data
     rows = _unpack_rows(write, tensors)
     assert rows is not None
     *switches, gate = flags
@@ -296,4 +374,5 @@ def _unpack_block(data: list[Any], tensors: Mapping[str, Tensor]) -> Block:
         **{name: tensors[t] for name, t in zip(_VECTORS, vectors, strict=True)},
         **{name: bool(value) for name, value in zip(_FLAGS, switches, strict=False)},
         gate=gate,
+        encode=FeatureEncode.from_json(encode) if encode else None,
     )

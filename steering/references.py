@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from steersman.steering import spec
 from steersman.steering.assets import Asset
 
+_NAMING = ("vector", "toward", "dictionary", "neurons", "affine", "recipe", "basis")
+
 
 def key_of(parts: Iterable[tuple[str, spec.Steering]], assets: Mapping[str, Asset]) -> str:
     """Everything that a plan depends on. A field that is stated may mean other than its default: ``tokens`` does."""
@@ -23,7 +25,7 @@ def key_of(parts: Iterable[tuple[str, spec.Steering]], assets: Mapping[str, Asse
 def references(steering: spec.Steering) -> Iterable[tuple[str, str]]:
     """(field path, asset ref) of every stored asset that a steering object names, profiles aside."""
     for i, given in enumerate(steering.interventions):
-        yield from _named(given, f"interventions[{i}]", ("vector", "toward", "dictionary", "neurons", "affine"))
+        yield from _named(given, f"interventions[{i}]", _NAMING)
         if given.when is not None:
             yield from _named(given.when, f"interventions[{i}].when", ("vector", "dictionary"))
     for i, probe in enumerate(steering.probes):

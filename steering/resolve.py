@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from steersman.kernels.program import NEVER, Block
-from steersman.steering import dictionaries, lower, spec
+from steersman.steering import dictionaries, lower, patches, spec
 from steersman.steering.assets import Asset, DictionaryMeta
 from steersman.steering.directions import Directions, Library, chosen_layers
+from steersman.steering.encoders import FeatureEncode
 from steersman.steering.errors import (
     GateOrder,
     InvalidRequest,
@@ -23,7 +25,8 @@ from steersman.steering.errors import (
     WidthMismatch,
     located,
 )
-from steersman.steering.plan import Activation, GateRead, Place, Plan, ProbeRead, Step
+from steersman.steering.plan import Activation, GateRead, Injection, Place, Plan, ProbeRead, Step
+from steersman.steering.recipes import Recipe
 from steersman.steering.references import key_of, references
 from steersman.steering.sites import Site
 
@@ -92,6 +95,10 @@ class Resolver:
                 if ref not in out:
                     with located(f"{path}.{field}"):
                         out[ref] = self.library.assets.get(ref)
+            for i, given in enumerate(part.interventions):
+                if isinstance(given, spec.Patch):
+                    with located(f"{path}.interventions[{i}].capture"):
+                        self.library.capture(given.capture)  # a remembered plan may be of one that is gone by now
         return out
 
 
@@ -103,6 +110,7 @@ class _Builder:
         self.model = library.model
         self.steps: list[Step] = []
         self.blocks: defaultdict[Place, list[Block]] = defaultdict(list)
+        self.injections: list[Injection] = []
         self.gates: list[GateRead] = []
         self.probes: list[ProbeRead] = []
         self.probe_names: list[str] = []
@@ -126,6 +134,7 @@ class _Builder:
         return Plan(
             steps=tuple(self.steps),
             blocks={place: tuple(blocks) for place, blocks in self.blocks.items()},
+            injections=tuple(self.injections),
             gates=tuple(self.gates),
             probes=tuple(self.probes),
             probe_names=tuple(self.probe_names),
@@ -133,8 +142,11 @@ class _Builder:
         )
 
     def _intervention(self, given: Any, path: str) -> None:
+        if isinstance(given, spec.Inject):
+            self._inject(given, path)
+            return
         site, layers, assets, tokens, make = getattr(self, f"_{given.op}")(given)
-        index = len(self.steps)
+        parts = make if isinstance(make, list) else [(_tokens(given, tokens), make)]
         places = []
         for layer in layers:
             with located(self._blame(site, "layers")):
@@ -144,12 +156,65 @@ class _Builder:
         if given.when is not None:
             with located("when"):
                 flags["gate"] = self._gate(given.when, [place for place, _ in places])
-        for place, width in places:
-            self.blocks[place].append(make(index, place.layer, width, flags))
-        stated = "tokens" in given.model_fields_set or tokens is None
-        chosen = given.tokens if stated else _asset_tokens(tokens)
         gate = flags.get("gate", -1)
-        self.steps.append(Step(given.op, tuple(layers), site, chosen, tuple(assets), path, gate))
+        for selector, one in parts:
+            for place, width in places:
+                self.blocks[place].append(one(len(self.steps), place.layer, width, flags))
+            self.steps.append(Step(given.op, tuple(layers), site, selector, tuple(assets), path, gate))
+
+    def _patch(self, given: spec.Patch) -> tuple[Any, ...]:
+        with located("capture"):
+            found = self.library.capture(given.capture)
+        source = patches.Source(found, given)
+        layers = self._layers(given.layers, source.layers, "capture")
+        if len(self.steps) + len(source.targets) > spec.MAX_INTERVENTIONS:
+            raise TooManyInterventions(
+                f"patches {len(source.targets)} positions, each of which counts as an intervention; "
+                f"a request has at most {spec.MAX_INTERVENTIONS}",
+                "source_positions",
+            )
+        with located("basis"):
+            basis = None if given.basis is None else self.library.vector(given.basis)
+
+        def make_of(row: int) -> Make:
+            def make(i: int, layer: int, width: int, flags: dict[str, Any]) -> Block:
+                with located("capture"):
+                    values = source.row(layer, row, width)
+                with located("basis"):
+                    return lower.patch(i, values, None if basis is None else basis.at(layer, width), **flags)
+
+            return make
+
+        names = [f"capture@{given.capture}", *([] if basis is None else [basis.name])]
+        return source.site, layers, names, None, [(tokens, make_of(i)) for i, tokens in enumerate(source.targets)]
+
+    def _inject(self, given: spec.Inject, path: str) -> None:
+        name, recipe, scale, tokens = self._recipe(given.recipe)
+        layers = self._layers(given.layers, recipe.receiving, "recipe")
+        gate, index = -1, len(self.steps)
+        with located("recipe"):
+            made = lower.inject(index, recipe, layers, scale if given.scale is None else given.scale)
+            for place in {place for i in made for place in (*i.read, *i.written)}:
+                self.model.width(place.site, place.layer)
+        if given.when is not None:
+            with located("when"):
+                gate = self._gate(given.when, sorted((p for i in made for p in i.written), key=lambda p: p.order))
+        self.injections += [replace(i, gate=gate) for i in made]
+        by_site = tuple((i.site, i.targets) for i in made)
+        layers = tuple(sorted(layers))
+        self.steps.append(Step(given.op, layers, None, _tokens(given, tokens), (name,), path, gate, by_site))
+
+    def _recipe(self, given: str | spec.InlineRecipe) -> tuple[str, Recipe, float, object]:
+        """Its name, the recipe, its recommended scale and its default tokens."""
+        with located("recipe"):
+            if isinstance(given, str):
+                asset, meta = self.library.recipe(given)
+                return asset.ref, meta, meta.recommended.scale if meta.recommended else 1.0, meta.tokens
+            if (count := len(given.inline.rr_attn)) != self.model.n_layers:
+                raise InvalidRequest(
+                    f"has {count} recovery rates; the model has {self.model.n_layers} layers", "inline.rr_attn"
+                )
+            return "inline", given.inline, 1.0, None
 
     def _directed(self, given: spec.Directed) -> tuple[Directions, Site, tuple[int, ...]]:
         """The directions of a vector op, the site and the layers at which it works."""
@@ -226,17 +291,20 @@ class _Builder:
         with located("dictionary"):
             write = dictionaries.writes(asset, given.indices)
         site, layers = self._of_dictionary(asset, meta, given.site, given.layers)
-        reads = None
+        reads, encode = None, None
         if given.mode != "add" or given.only_if_active:
             with located("only_if_active" if given.mode == "add" else "mode"):
-                reads = dictionaries.reads(asset, given.indices)
+                if dictionaries.takes_all(meta):
+                    encode = FeatureEncode.of(asset, given.indices)
+                else:
+                    reads = dictionaries.reads(asset, given.indices)
         relative = dictionaries.writes_by_norm(meta)
 
         def make(i: int, layer: int, width: int, flags: dict[str, Any]) -> Block:
             with located("dictionary"):
                 _as_wide(asset, write, width, layer)
             return lower.feature(
-                i, write, reads, given.mode, given.values, given.only_if_active, relative=relative, **flags
+                i, write, reads, given.mode, given.values, given.only_if_active, relative, encode, **flags
             )
 
         return site, layers, [asset.ref], meta.tokens, make
@@ -373,6 +441,11 @@ class _Builder:
                 direction = lower.unit(found.one(layer, width))[0]
             self.probes.append(ProbeRead(len(self.probe_names), Place(layer, site), direction))
         self.probe_names.append(found.name)
+
+
+def _tokens(given: spec.Selecting, default: object) -> spec.Tokens:
+    """What an intervention states, else its asset's ``default``, else the op's own."""
+    return given.tokens if "tokens" in given.model_fields_set or default is None else _asset_tokens(default)
 
 
 def _asset_tokens(value: object) -> spec.Tokens:

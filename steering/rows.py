@@ -134,4 +134,6 @@ def take(tensors: Mapping[str, Tensor], name: str, indices: Sequence[int]) -> Te
     """[len(indices), ...] rows of a tensor in memory or on disk."""
     if isinstance(tensors, RowFile):
         return tensors.rows(name, indices)
+    if isinstance(indices, range) and indices.step == 1:
+        return tensors[name][indices.start : indices.stop]  # a view, not a copy
     return tensors[name][list(indices)]

@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
     AliasChoices,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -26,6 +29,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from steersman.steering import errors
+from steersman.steering.recipes import Recipe
+from steersman.steering.signals import MAX_SIGNALS, check_signals
 from steersman.steering.sites import Site
 
 MAX_INTERVENTIONS = 64
@@ -74,6 +79,34 @@ Vector = Annotated[str, Field(min_length=1)] | Inline
 Layers = Annotated[Index | Annotated[list[Index], Field(min_length=1)] | str, AfterValidator(_layers)]
 
 
+def _some_tokens(patches: tuple[int, int]) -> tuple[int, int]:
+    if patches[0] >= patches[1]:
+        raise ValueError(f"the range [{patches[0]}, {patches[1]}) is empty")
+    return patches
+
+
+def _four_edges(box: Any) -> Any:
+    if not isinstance(box, list | tuple) or len(box) != 4:
+        raise ValueError("must be [x0, y0, x1, y1] in pixels of the image as sent, or a list of such boxes")
+    return tuple(box)  # after this function it is no longer JSON to pydantic, where a list would do
+
+
+def _some_pixels(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise ValueError("is empty: [x0, y0, x1, y1] needs x0 < x1 and y0 < y1")
+    return box
+
+
+def _one_or_several(box: Any) -> str:
+    return "several" if isinstance(box, list) and box and isinstance(box[0], list | tuple) else "one"
+
+
+Pixel = Annotated[float, Field(allow_inf_nan=False, ge=0, le=MAX_NUMBER)]
+Patches = Annotated[tuple[Index, Index], AfterValidator(_some_tokens)]
+Box = Annotated[tuple[Pixel, Pixel, Pixel, Pixel], BeforeValidator(_four_edges), AfterValidator(_some_pixels)]
+Boxes = Annotated[Annotated[Box, Tag("one")] | Annotated[list[Box], Tag("several")], Discriminator(_one_or_several)]
+
+
 class TokenSet(Model):
     """A union of selectors, less ``exclude``. Positions are absolute; negative ones count from the prompt's end."""
 
@@ -82,11 +115,26 @@ class TokenSet(Model):
     positions: list[Position] | None = None
     ranges: list[tuple[Position, Position]] | None = Field(None, description="half-open [a, b)")
     last: Index | None = Field(None, description="the prompt's last n tokens")
-    image: bool = False
+    image: bool | Index | Annotated[list[Index], Field(min_length=1)] = Field(
+        False, description="the tokens of images: of all, or of those with these indices in the prompt"
+    )
+    patches: Annotated[list[Patches], Field(min_length=1)] | None = Field(
+        None, description="of the images, only these of their own tokens: half-open [a, b), from 0"
+    )
+    box: Boxes | None = Field(
+        None, description="of the images, only tokens that show a part of these boxes, in pixels of the image as sent"
+    )
     text: str | list[str] | None = Field(None, description="prompt tokens that overlap this text, wherever it occurs")
     token_ids: list[Index] | None = Field(None, description="tokens with these ids, of the prompt or generated")
     roles: list[str] | None = Field(None, description="the contents of chat messages with these roles")
     exclude: Literal["all", "prompt", "generated", "last_prompt"] | TokenSet | None = None
+
+    @field_validator("patches", "box")
+    @classmethod
+    def _of_image(cls, part: Any, info: ValidationInfo) -> Any:
+        if part is not None and info.data.get("image") is False:
+            raise ValueError("needs image: true, or an image's index")
+        return part
 
 
 Tokens = Literal["all", "prompt", "generated", "last_prompt"] | TokenSet
@@ -132,11 +180,14 @@ class Gate(Model):
         return self
 
 
-class Common(Model):
+class Selecting(Model):
     layers: Layers | None = Field(None, description="default: the asset's")
-    site: Site | None = Field(None, description="default: the asset's")
     tokens: Tokens = "all"
     when: Gate | None = None
+
+
+class Common(Selecting):
+    site: Site | None = Field(None, description="default: the asset's")
     preserve_norm: bool = Field(False, description="rescale the result to the norm before this edit")
 
 
@@ -267,8 +318,41 @@ class Affine(Common):
     strength: Number = 1.0
 
 
+class Patch(Common):
+    """x replaced by a captured activation, wholly or, with ``basis``, in a subspace: x + VᵀV(captured − x).
+
+    Several rows go to as many ``tokens.positions``, by default those that they were captured at; a single one, such as
+    a mean over tokens, goes to whichever tokens are selected. Each row counts as an intervention.
+    """
+
+    op: Literal["patch"]
+    capture: Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="the id of a kept capture")]
+    prompt: Index = Field(0, description="which of the capture's prompts")
+    source_positions: Annotated[list[Position], Field(min_length=1)] | None = Field(
+        None, description="which of the captured positions; negative ones count from the prompt's end"
+    )
+    basis: Vector | None = Field(None, description="the subspace, one or more directions")
+
+
+class InlineRecipe(Model):
+    inline: Recipe = Field(description="sources: by default the 3 layers of the highest rates; targets: the best 10")
+
+
+class Inject(Selecting):
+    """x + scale·λ·Σ_k RR_k·x_k over the recipe's source layers k before this one, rescaled to ‖x‖ (IRI).
+
+    At ``attn_out`` and ``mlp_out``, each with sources, targets and λ of its own; x_k is what layer k put out there for
+    the same token, before any edit at that place. ``layers`` names some of the targets.
+    """
+
+    op: Literal["inject"]
+    recipe: Annotated[str, Field(min_length=1)] | InlineRecipe
+    scale: Number | None = Field(None, description="of both λ; default: the asset's recommended, else 1")
+    tokens: Tokens = TokenSet(generated=True, last=1)
+
+
 Intervention = Annotated[
-    Add | Ablate | Clamp | Multiply | Rotate | Feature | Neurons | Heads | Affine,
+    Add | Ablate | Clamp | Multiply | Rotate | Feature | Neurons | Heads | Affine | Patch | Inject,
     Field(discriminator="op"),
 ]
 
@@ -297,6 +381,11 @@ class Steering(Model):
     probes: list[Probe] = Field(default_factory=list, max_length=MAX_PROBES)
     report: Literal["none", "summary", "layers", "tokens"] = "summary"
     stream_probes: bool = Field(False, description="send what the probes read with each chunk of a stream")
+    signals: Annotated[list[str], AfterValidator(check_signals)] = Field(
+        default_factory=list,
+        max_length=MAX_SIGNALS,
+        description="told of the generated tokens: answer_entropy, evidence_entropy, norm:LAYER, probe:VECTOR:LAYER",
+    )
 
     @property
     def every_token(self) -> bool:
@@ -306,11 +395,17 @@ class Steering(Model):
 
 def parse(data: object, path: str = "steering") -> Steering:
     """``data`` checked against :class:`Steering`; raises a SteeringError naming the field under ``path``."""
-    if isinstance(data, Steering):
-        return data
+    return data if isinstance(data, Steering) else checked(Steering, data, path)
+
+
+M = TypeVar("M", bound=Model)
+
+
+def checked(model: type[M], data: object, path: str) -> M:
+    """The same for any other request of ours."""
     try:
         # JSON mode: lists stand for tuples and strings for enums, everything else stays strict.
-        return Steering.model_validate_json(json.dumps(data))
+        return model.model_validate_json(json.dumps(data))
     except ValidationError as error:
         raise _explain(error, data, path) from None
     except (TypeError, ValueError, RecursionError) as error:
@@ -328,6 +423,8 @@ def _explain(error: ValidationError, data: object, path: str) -> errors.Steering
         return errors.TooManyInterventions(message, param=param)
     if kind == "finite_number":
         return errors.NonFinite("must be a finite number", param=param)
+    if kind == "layer_out_of_range":
+        return errors.LayerOutOfRange(message, param=param)
     if kind in ("less_than_equal", "greater_than_equal"):
         return errors.OutOfRange(message, param=param)
     return errors.InvalidRequest(message, param=param)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steersman.steering.errors import InvalidRequest
+from steersman.steering.prompt_images import PromptImage, image_positions
 from steersman.steering.spec import Tokens, TokenSet
 
 Mask = NDArray[np.bool_]
@@ -32,7 +33,7 @@ class Prompt:
     token_ids: Sequence[int]
     find_text: Callable[[str], list[int]] | None = None  # substring -> positions of the tokens that overlap it
     find_role: Callable[[str], list[int]] | None = None  # role -> positions of its messages' contents
-    image_positions: Sequence[int] = ()
+    images: Sequence[PromptImage] = ()
 
     @property
     def length(self) -> int:
@@ -134,8 +135,8 @@ def select(tokens: Tokens, prompt: Prompt, path: str = "tokens") -> tuple[Mask, 
         mask[-chosen.last :] = True
     if chosen.token_ids:
         mask |= np.isin(np.asarray(prompt.token_ids), chosen.token_ids)
-    if chosen.image:
-        mask[list(prompt.image_positions)] = True
+    if chosen.image is not False:
+        mask[image_positions(chosen, prompt.images, path)] = True
     for text in [chosen.text] if isinstance(chosen.text, str) else chosen.text or ():
         mask[_found(prompt.find_text, text, f"{path}.text")] = True
     for role in chosen.roles or ():

@@ -5,12 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks import calibration, cast_report
 from benchmarks.provenance import RESULTS
 from benchmarks.report import PAGE, page
 
 
 def test_the_page_is_written_from_the_result_files() -> None:
     assert PAGE.read_text() == page(), "run python -m benchmarks.report"
+    assert cast_report.PAGE.read_text() == cast_report.page(), "run python -m benchmarks.cast_report"
+
+
+def test_the_page_of_calibration_says_what_its_result_file_says() -> None:
+    found = json.loads((RESULTS / "calibration.json").read_text())
+    text = calibration.PAGE.read_text(encoding="utf-8")
+    assert text == calibration.page(text, found), "run python -m benchmarks.calibration"
+    assert calibration.measured(found) in text
 
 
 @pytest.mark.parametrize(

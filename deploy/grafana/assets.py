@@ -10,6 +10,8 @@ from deploy.grafana.promql import SERVERS, buckets, in_order, mean, quantile, ra
 EDITED = "steersman_edited_tokens_total"
 EDIT = "steersman_relative_edit_norm"
 PROBE = "steersman_probe_value"
+SCORE = "steersman_detector_score"
+ANSWERS = "steersman_detector_answers_total"
 ASSET = 'asset=~"$asset"'
 CHOSEN = 'probe=~"$probe"'
 OPEN, DECISIONS = (rate(f"steersman_gate_{what}_total", ASSET, by=["asset"]) for what in ("open", "decisions"))
@@ -105,13 +107,36 @@ def assets() -> Dashboard:
             width=24,
         ),
     ]
+    unusual = rate(ANSWERS, 'outcome="unusual"', by=["detector"])
+    scored = rate(ANSWERS, 'outcome!="unscored"', by=["detector"])
+    detectors = [
+        lines(
+            "Scores of the answers",
+            "Median and 95th percentile by detector: the larger, the less like the good answers that it was fitted to.",
+            Query(quantile(0.5, SCORE, by=["detector"]), "{{detector}} p50"),
+            Query(quantile(0.95, SCORE, by=["detector"]), "{{detector}} p95"),
+            zero=False,
+        ),
+        lines(
+            "Unusual answers",
+            "Share of the scored answers that are beyond the detector's threshold.",
+            Query(f"{unusual} / {scored}", "{{detector}}"),
+            unit="percentunit",
+        ),
+        distribution(
+            "Distribution of the scores",
+            "Answers a second in each range of scores, of all detectors.",
+            Query(buckets(SCORE), "{{le}}"),
+            width=8,
+        ),
+    ]
     return dashboard(
         "steersman-assets",
         "Steersman: assets and probes",
-        "Each asset's traffic, edit size and gate, and what the probes read.",
+        "Each asset's traffic, edit size and gate, what the probes read, and how unusual the answers are.",
         [
             choice("asset", "Assets", f"label_values({EDITED}, asset)"),
             choice("probe", "Probes", f"label_values({PROBE}_count, probe)"),
         ],
-        [("Assets", edits), ("Probes", probes)],
+        [("Assets", edits), ("Probes", probes), ("Answers", detectors)],
     )

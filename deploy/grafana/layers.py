@@ -39,7 +39,8 @@ def layers() -> Dashboard:
         ),
         rows_over_time(
             "Norms out of baseline",
-            "Share of tokens whose norm is far from those that the engine has seen at the layer since it started.",
+            "Share of tokens whose norm is far from what is usual at the layer: by the stored baseline, "
+            "else by what the engine has seen since it started.",
             Query(in_order(OUTLIERS), "{{layer}}"),
             "share of tokens",
             unit="percentunit",

@@ -16,8 +16,10 @@ from rich.table import Table
 
 from steersman.server.commands.remote import json_object
 from steersman.server.settings import default_store, variable
-from steersman.steering.assets import KINDS, dump_metadata
+from steersman.steering import weights_lint
+from steersman.steering.assets import KINDS, Asset, dump_metadata
 from steersman.steering.formats import dictionary_files, gguf, native, saes, uploads
+from steersman.steering.neurons_checkpoint import Checkpoint
 from steersman.steering.store import Store
 
 
@@ -50,7 +52,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     listing.add_argument("--text", help="words of the name or description")
     for action, text in (("show", "print an asset's metadata"), ("rm", "delete a version, or all of a name")):
         actions.add_parser(action, help=text).add_argument("ref", metavar="NAME[@VERSION]")
-    actions.add_parser("verify", help="hash everything again").add_argument("ref", nargs="?")
+    verify = actions.add_parser("verify", help="hash everything again; with --weights, look at the directions too")
+    verify.add_argument("ref", nargs="?")
+    verify.add_argument(
+        "--weights", type=Path, metavar="FOLDER", help="the model's: warn of directions that its W_down hardly reads"
+    )
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -157,4 +163,20 @@ def _verify(args: argparse.Namespace, store: Store) -> int:
     verdicts = store.verify(args.ref)
     for verdict in verdicts:
         print(f"{verdict.ref}: {verdict.problem or 'ok'}")
+    if args.weights is not None:
+        checkpoint = Checkpoint(args.weights)
+        for ref in (v.ref for v in verdicts if not v.problem):
+            _look_at(store.get(ref), checkpoint)
     return int(any(v.problem for v in verdicts))
+
+
+def _look_at(asset: Asset, checkpoint: Checkpoint) -> None:
+    """Warnings are printed and change no exit code: an edit along such a direction may be what is wanted."""
+    if not weights_lint.applies(asset):
+        print(f"{asset.ref}: not compared with the weights: it has no directions at mlp_post")
+        return
+    found = weights_lint.lint_weights(asset, checkpoint)
+    for finding in found:
+        print(f"{asset.ref}: warning: {finding.message}")
+    if not found:
+        print(f"{asset.ref}: W_down reads its directions as well as random ones")

@@ -8,11 +8,18 @@ import os
 from typing import Any
 
 from steersman.clients.sdk import Steersman
+from steersman.steering.asset_fields import ModelRef
+
+
+def connection(parser: argparse.ArgumentParser) -> None:
+    """Which server, and with which keys."""
+    parser.add_argument("--server", default=os.environ.get("STEERSMAN_SERVER", "http://localhost:8000"), metavar="URL")
+    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"))
+    parser.add_argument("--admin-key", default=os.environ.get("STEERSMAN_ADMIN_KEY"), help="to change what it keeps")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--server", default=os.environ.get("STEERSMAN_SERVER", "http://localhost:8000"), metavar="URL")
-    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"))
+    connection(parser)
     parser.add_argument(
         "--add", action="append", default=[], metavar="ASSET=SCALE", help="add a vector, e.g. french=6; may be repeated"
     )
@@ -49,5 +56,13 @@ def steering(args: argparse.Namespace) -> dict[str, Any]:
     return {**out, "interventions": interventions}
 
 
+def served_model(server: Steersman) -> ModelRef:
+    """What an asset that is made with this server's model is for."""
+    told = server.model()
+    return ModelRef(
+        id=told["model"], n_layers=told["n_layers"], d_model=told["d_model"], fingerprint=told["fingerprint"]
+    )
+
+
 def client(args: argparse.Namespace) -> Steersman:
-    return Steersman(args.server, api_key=args.api_key)
+    return Steersman(args.server, api_key=args.api_key, admin_key=args.admin_key)

@@ -4,8 +4,8 @@ The host's work per step is one small copy, the entry of each row, and only when
 changed. Everything that a kernel reads stays at its address, so that launches can be captured in CUDA graphs;
 copies are queued on the current stream, before the pass that needs them.
 
-What needs the host between two layers stays with :mod:`steersman.server.engine.layout`: gates, probes, and programs
-whose dots or norms are partial sums over tensor-parallel ranks.
+What needs the host between two layers stays with :mod:`steersman.server.engine.layout`: gates, probes, injections, and
+programs whose dots or norms are partial sums over tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -89,9 +89,13 @@ class DevicePlans:
         that runs a pass without a graph hands on another number of rows.
         """
         sharded = {place.site for place in self._shards}
-        return not resident.reads and all(
-            supports(Program(tuple(blocks), blocks[0].write.width), place.site in sharded)
-            for place, blocks in resident.plan.blocks.items()
+        return (
+            not resident.reads
+            and not resident.plan.injections
+            and all(
+                supports(Program(tuple(blocks), blocks[0].write.width), place.site in sharded)
+                for place, blocks in resident.plan.blocks.items()
+            )
         )
 
     def lay_out(self, runs: Sequence[Run]) -> list[Run]:

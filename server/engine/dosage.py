@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steersman.kernels.program import Program
-from steersman.kernels.reference import Reduce, edit
+from steersman.kernels.reference import Reduce
+from steersman.server.engine.carry import Carried
+from steersman.server.engine.chain import in_turn
 from steersman.server.engine.layout import Work
 from steersman.server.engine.sizes import Measured, each
 
@@ -44,19 +45,25 @@ class Dosage:
         return self.limit * (1 + ROUNDING)
 
     def apply(
-        self, work: Work, x: Tensor, residual: Tensor | None, gates: Tensor | None, reduce: Reduce | None
+        self,
+        work: Work,
+        x: Tensor,
+        residual: Tensor | None,
+        gates: Tensor | None,
+        reduce: Reduce | None,
+        carried: Carried | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Does ``work`` to ``x`` [T, d] in place, within the limit if it is to be kept.
 
         Returns [rows, n_blocks] ‖Δx‖/‖x‖ as done, and as they would have been without a limit.
         """
         if self.action != CAP:
-            asked = work.apply(x, residual, gates, True, reduce)
+            asked = work.apply(x, residual, gates, True, reduce, carried)
             assert asked is not None
             return asked, asked
         rows = torch.from_numpy(work.rows).to(x.device)
         before = x[rows]
-        asked = work.apply(x, residual, gates, True, reduce)
+        asked = work.apply(x, residual, gates, True, reduce, carried)
         assert asked is not None
         over = (asked > self.bound).any(1)
         if not bool(over.any()):
@@ -69,7 +76,8 @@ class Dosage:
                 own = before[mine][chosen.to(x.device)].float()
                 stream = own if residual is None else own + residual[picked].float()
                 theirs = None if gates is None else gates[mine][chosen].to(x.device)
-                change, sizes = capped(stream, group.program, self.limit, theirs, reduce)
+                carry = {i: total[chosen.to(x.device)] for i, total in group.carry(carried).items()}
+                change, sizes = in_turn(stream, group.program, theirs, reduce, carry, self.limit)
                 x[picked] = (own + change).to(x.dtype)
                 done[chosen + mine.start, : sizes.shape[1]] = sizes.cpu()
         return done, asked
@@ -85,39 +93,3 @@ class Dosage:
             for i in np.unique(whose):
                 worst = float(sized.values[over][whose == i].max())
                 owners[i].state.overdosed(sized.intervention, sized.place.layer, int((whose == i).sum()), worst)
-
-
-def capped(
-    x: Tensor, program: Program, limit: float, gates: Tensor | None = None, reduce: Reduce | None = None
-) -> tuple[Tensor, Tensor]:
-    """What ``program`` changes in ``x`` [n, d] float32 when no block's change may exceed ``limit``·‖x‖.
-
-    Returns the change [n, d], and [n, n_blocks] ‖Δx‖/‖x‖ of each block after the limit.
-    """
-    square = (x * x).sum(-1)
-    length = (square if reduce is None else reduce(square)).sqrt().clamp_min(1e-30)
-    stream, sizes = x.clone(), x.new_zeros(len(x), len(program.blocks))
-    for i, single in enumerate(_singles(program)):
-        norms = x.new_zeros(len(x), 1)
-        change = edit(stream, single, gates, norms, reduce)
-        factor = (limit * length / norms[:, 0].clamp_min(1e-30)).clamp_max(1)
-        stream += factor[:, None] * change
-        sizes[:, i] = norms[:, 0] * factor / length
-    return stream - x, sizes
-
-
-def _singles(program: Program) -> list[Program]:
-    """A program for each block; kept with the whole one. A shard's Gram matrices are those of the whole activation."""
-    found: Any = program.__dict__.get("_singles")
-    if found is None:
-        found = []
-        for block, (a, b) in zip(program.blocks, program.spans, strict=True):
-            single = Program((block,), program.width)
-            if not single.is_columnar:
-                single.__dict__.update(
-                    reads_of_writes=program.reads_of_writes[a:b, a:b],
-                    writes_of_writes=program.writes_of_writes[a:b, a:b],
-                )
-            found.append(single)
-        program.__dict__["_singles"] = found
-    return found  # type: ignore[no-any-return]

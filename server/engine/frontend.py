@@ -10,19 +10,25 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar, NamedTuple
 
+from steersman.server.asked_signals import probe_column, wanted
+from steersman.server.detection import Detection
+from steersman.server.engine.captures import Wanted
 from steersman.server.engine.prompts import RoleFinder, TextFinder
+from steersman.server.kept import KeptCaptures
 from steersman.server.settings import Settings
 from steersman.steering import errors, spec
 from steersman.steering.assets import Asset, ModelRef, ProfileMeta
 from steersman.steering.directions import Library
 from steersman.steering.plan import Plan
 from steersman.steering.resolve import Resolver
+from steersman.steering.signals import HEDGES
 from steersman.steering.sites import ModelInfo, Site
 from steersman.steering.store import Store
 from steersman.steering.tokens import Selection
@@ -68,6 +74,8 @@ class Ticket:
     tokenizer: Any = None
     render: Callable[[Sequence[Any]], str] | None = None
     whole: bool = False  # whether every token is told of
+    capture: Wanted | None = None  # what of its prompt is captured
+    signals: Mapping[str, Any] | None = None  # what is told of the generated tokens
     refused: errors.SteeringError | None = None  # why a prompt of the request cannot be steered
     sequences: dict[str, Generated] = field(default_factory=dict)  # by the engine's id
 
@@ -105,7 +113,9 @@ class Frontend:
         self.tokenizer = tokenizer
         self._rpc = rpc
         self.store = store or Store(settings.store)
-        self.resolver = Resolver(Library(self.store, model, aliases=aliases, any_model=settings.any_model))
+        self.kept = KeptCaptures(Path(settings.captures), settings.max_kept_captures_mb << 20)
+        library = Library(self.store, model, aliases=aliases, any_model=settings.any_model, captures=self.kept)
+        self.resolver = Resolver(library)
         slug = re.sub(r"[^a-z0-9]+", "-", model.name.rsplit("/", 1)[-1].lower()).strip("-")
         self._default_name = f"{DEFAULT_NAME}{slug}"
         self.holder = uuid.uuid4().hex
@@ -114,6 +124,7 @@ class Frontend:
         self.begun = 0  # sequences that this process has given to the engine, steered or not
         self.tickets: dict[str, Ticket] = {}
         self._pins: dict[str, _Pin] = {}
+        self.detector: Detection | None = None  # scores the answer of every steered request
         self._abandoned: set[str] = set()  # plans that some worker may still have pinned for us
         self._default: tuple[float, spec.Steering | None] | None = None  # when it was read, and what
         self._reading_default = Lock()
@@ -166,12 +177,12 @@ class Frontend:
 
         Whoever gets it calls :meth:`finish` in the end.
         """
-        plan, content, whole = await asyncio.to_thread(self._build, data)
+        plan, content, asked = await asyncio.to_thread(self._build, data)
         pin = self._pins.get(plan.id)
         if pin is None:
             pin = self._pins[plan.id] = _Pin()
             pin.loaded = asyncio.create_task(self._load(plan, content))
-        ticket = self._issue(plan, pin, whole=whole, **about)
+        ticket = self._issue(plan, pin, **asked, **about)
         if pin.loaded is not None:
             try:
                 await asyncio.shield(pin.loaded)  # others may wait for it too
@@ -182,7 +193,7 @@ class Frontend:
 
     def prepare_now(self, data: object, rpc: Any, **about: Any) -> Ticket:
         """The same without an event loop."""
-        plan, content, whole = self._build(data)
+        plan, content, asked = self._build(data)
         pin = self._pins.get(plan.id)
         if pin is None:
             release = self._unpin(0.0)
@@ -192,21 +203,37 @@ class Frontend:
                 self._abandoned |= {plan.id, *release}
                 raise
             pin = self._pins[plan.id] = _Pin()
-        return self._issue(plan, pin, whole=whole, **about)
+        return self._issue(plan, pin, **asked, **about)
 
     def resolve(self, data: object) -> Plan:
         asked = spec.parse(data)
         return self.resolver.resolve(asked, self._recent_default() if asked.default else None)
 
-    def _build(self, data: object) -> tuple[Plan, bytes, bool]:
-        """The plan, its content if the workers may not have it, and whether every token is to be told of."""
+    def _build(self, data: object) -> tuple[Plan, bytes, dict[str, Any]]:
+        """The plan, its content if the workers may not have it, and what is to be told of, for the ticket."""
         asked = spec.parse(data)
-        plan = self.resolve(asked)
+        plan, signals = self.with_signals(asked)
         if asked.every_token:
             _refuse_wide(plan, "stream_probes" if asked.stream_probes else "report")
         if asked.stream_probes and not plan.probes:
             raise errors.InvalidRequest("needs probes", "steering.stream_probes")
-        return plan, plan.to_bytes() if plan.id not in self._pins else b"", asked.every_token
+        content = plan.to_bytes() if plan.id not in self._pins else b""
+        return plan, content, {"whole": asked.every_token, "signals": signals}
+
+    def with_signals(self, asked: spec.Steering) -> tuple[Plan, dict[str, Any]]:
+        """The plan, with the probes that the detector needs, and the signals of the request and the detector."""
+        plan, detector = self.resolve(asked), self.detector
+        if detector is None and not asked.signals:
+            return plan, {}
+        if detector is not None:
+            lacking = [p for p in detector.probes if probe_column(p.vector, p.layer, plan) is None]
+            if lacking:
+                probes = [*asked.probes, *(spec.Probe(vector=p.vector, layers=[p.layer]) for p in lacking)]
+                plan = self.resolve(asked.model_copy(update={"probes": probes}))
+        names = dict.fromkeys([*asked.signals, *(detector.signals if detector is not None else ())])
+        hedges = detector.hedges if detector is not None else HEDGES
+        with errors.located("steering.signals"):
+            return plan, wanted(names, plan, self.model, self.tokenizer, hedges)
 
     async def _load(self, plan: Plan, content: bytes) -> None:
         """Sends a plan to the workers, making room for it as far as needed."""
@@ -257,6 +284,15 @@ class Frontend:
         if self.tickets.pop(ticket.key, None) is not None:
             ticket.pin.users -= 1
             ticket.pin.last_used = time.monotonic()
+
+    def use_detector(self, ref: str) -> None:
+        """Scores answers by a stored detector from now on. Raises SteeringError for one that does not fit."""
+        self.detector = Detection(*self.resolver.library.detector(ref))
+        try:
+            self.with_signals(spec.Steering(default=False))
+        except errors.SteeringError:
+            self.detector = None
+            raise
 
     # -- the default profile -----------------------------------------------------------------------
 
@@ -362,7 +398,7 @@ def merge_models(answers: Sequence[Any]) -> ModelInfo:
 
 def _refuse_wide(plan: Plan, field: str) -> None:
     """A worker keeps every number of every token until the request has ended."""
-    numbers = len(plan.probes) + sum(len(step.layers) for step in plan.steps)
+    numbers = len(plan.probes) + sum(len(step.places) for step in plan.steps)
     if numbers > MAX_TRACED:
         raise errors.OutOfRange(
             f"{numbers} numbers for each token, one for each layer of a probe or an edit; at most {MAX_TRACED}",

@@ -4,6 +4,10 @@ The contract with vLLM: ``engine.renderer.render_cmpl_async`` runs the model's i
 makes what ``engine.generate`` takes, of prompts with ``prompt_token_ids`` and ``multi_modal_data``; a ValueError or
 TypeError of it means that the processor does not take the prompt. ``generate`` aborts the request when its iteration is
 cancelled or closed.
+What it makes of pictures has ``prompt_token_ids`` with their places filled in, and in ``mm_placeholders`` and
+``mm_hashes``, under ``image``, what becomes ``mm_position`` and ``mm_hash`` of the request's features (see ``images``).
+It takes for granted that this goes to the engine, and sends the same picture but once; with ``skip_mm_cache`` it does
+not.
 ``SamplingParams.extra_args["steering"]`` carries a ticket's key (see ``intake``).
 """
 
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from PIL import Image
@@ -18,37 +23,48 @@ from vllm import SamplingParams, exceptions
 from vllm.sampling_params import RequestOutputKind
 
 from steersman.server.engine.frontend import TicketKey
+from steersman.server.engine.images import prompt_images
 from steersman.server.engine.intake import FIELD
 from steersman.server.policies.policy import Picture
 from steersman.steering.errors import EngineUnsteered, InvalidRequest
+from steersman.steering.tokens import Prompt
 
 _Client: Any = getattr(exceptions, "VLLMClientError", ValueError)  # older versions raise a ValueError
+
+
+async def expanded(engine: Any, token_ids: Sequence[int], pictures: Sequence[Picture]) -> Prompt:
+    """What the model is fed of such a prompt: its tokens once the pictures have theirs, and which these are."""
+    try:
+        ready = await _rendered(engine, token_ids, pictures, skip_mm_cache=True)
+    except (_Client, ValueError, TypeError) as error:
+        raise _untaken(error) from None
+    places = zip(ready["mm_placeholders"]["image"], ready["mm_hashes"]["image"], strict=True)
+    features = [SimpleNamespace(modality="image", mm_position=at, mm_hash=name) for at, name in places]
+    return Prompt(list(ready["prompt_token_ids"]), images=prompt_images(features))
+
+
+async def prefill(
+    engine: Any, request_id: str, token_ids: Sequence[int], pictures: Sequence[Picture], key: TicketKey
+) -> None:
+    """Computes a prompt, and one token more. Raises InvalidRequest for what the model cannot take."""
+    try:
+        output = await _last(engine, await _rendered(engine, token_ids, pictures), 1, request_id, key)
+    except (_Client, ValueError, TypeError) as error:
+        raise _untaken(error) from None
+    if output is None or len(output.outputs[0].token_ids) != 1:
+        raise EngineUnsteered("the engine ended the request before its prompt was computed")
 
 
 async def generate(
     engine: Any, request_id: str, token_ids: Sequence[int], pictures: Sequence[Picture], n: int, key: TicketKey | None
 ) -> list[int]:
     """Exactly ``n`` token ids. Raises InvalidRequest for what the model cannot take."""
-    prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
-    if pictures:
-        images = await asyncio.to_thread(lambda: [Image.fromarray(p) for p in pictures])  # copies
-        prompt["multi_modal_data"] = {"image": images}
     try:
-        (ready,) = await engine.renderer.render_cmpl_async([prompt])
+        ready = await _rendered(engine, token_ids, pictures)
     except (_Client, ValueError, TypeError) as error:
         raise _refused(error, "images") from None
-    params = SamplingParams(
-        temperature=0.0,
-        max_tokens=n,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args=None if key is None else {FIELD: key},
-    )
-    last = None
     try:
-        async for output in engine.generate(ready, params, request_id):
-            last = output
+        last = await _last(engine, ready, n, request_id, key)
     except _Client as error:
         raise _refused(error, "instruction") from None
     found = list(last.outputs[0].token_ids) if last is not None else []
@@ -59,6 +75,35 @@ async def generate(
             raise InvalidRequest(room, "instruction")
         raise EngineUnsteered(f"the engine generated {len(found)} of {n} tokens")
     return found
+
+
+async def _rendered(engine: Any, token_ids: Sequence[int], pictures: Sequence[Picture], **options: Any) -> Any:
+    prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
+    if pictures:
+        images = await asyncio.to_thread(lambda: [Image.fromarray(p) for p in pictures])  # copies
+        prompt["multi_modal_data"] = {"image": images}
+    (ready,) = await engine.renderer.render_cmpl_async([prompt], **options)
+    return ready
+
+
+async def _last(engine: Any, ready: Any, n: int, request_id: str, key: TicketKey | None) -> Any:
+    """The last output of a greedy request for ``n`` tokens; None when there is none."""
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=n,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args=None if key is None else {FIELD: key},
+    )
+    last = None
+    async for output in engine.generate(ready, params, request_id):
+        last = output
+    return last
+
+
+def _untaken(error: Exception) -> InvalidRequest:
+    return InvalidRequest(f"the model cannot take this prompt: {str(error)[:500]}")
 
 
 def _refused(error: Exception, param: str) -> InvalidRequest:

@@ -3,10 +3,10 @@
 The contract with vLLM: every way into the engine (the OpenAI routes, Anthropic's, ``LLM.generate``) ends in
 ``AsyncLLM.add_request`` or ``LLMEngine.add_request`` with ``SamplingParams`` whose ``extra_args`` hold
 ``vllm_xargs``, and these call ``InputProcessor.process_inputs``, whose ``EngineCoreRequest`` has the
-prompt's token ids, its images' places and a copy of the parameters of its own. ``collective_rpc`` of both engines
-reaches the workers. ``SamplingParams.skip_reading_prefix_cache`` makes a request compute its whole prompt. Each
-sequence then goes through ``OutputProcessor.add_request(request, prompt, parent_req, request_index)`` under the id that
-the engine knows it by, and its entry in ``request_states`` counts the tokens of the response
+prompt's token ids, its images' places (see ``images``) and a copy of the parameters of its own. ``collective_rpc`` of
+both engines reaches the workers. ``SamplingParams.skip_reading_prefix_cache`` makes a request compute its whole prompt.
+Each sequence then goes through ``OutputProcessor.add_request(request, prompt, parent_req, request_index)`` under the id
+that the engine knows it by, and its entry in ``request_states`` counts the tokens of the response
 (``prompt_len``, ``detokenizer.num_output_tokens()``), which the engine may have run past.
 
 ``extra_args["steering"]`` is a steering object, that object as a JSON string, or a :class:`TicketKey`
@@ -32,6 +32,7 @@ from typing import Any
 from vllm import exceptions
 
 from steersman.server.engine.frontend import Frontend, Generated, Ticket, TicketKey
+from steersman.server.engine.images import prompt_images
 from steersman.server.engine.wire import KEY, args_of, make_args
 from steersman.steering.errors import InvalidRequest, SteeringError
 from steersman.steering.tokens import Prompt, Selection
@@ -141,7 +142,7 @@ def _wrap_process_inputs(original: Any) -> Any:
             ticket = _ticket(given)
             others = {k: v for k, v in params.extra_args.items() if k != FIELD}
             params.extra_args = {**others, KEY: _finish(ticket, request)}
-            if any(g.needs_whole_prompt for g in ticket.plan.gates):
+            if ticket.capture is not None or any(g.needs_whole_prompt for g in ticket.plan.gates):
                 params.skip_reading_prefix_cache = True
         return request
 
@@ -188,16 +189,12 @@ def _finish(ticket: Ticket, request: Any) -> dict[str, Any]:
         if request.prompt_token_ids is None:
             raise InvalidRequest("a prompt given as embeddings cannot be steered", FIELD)
         ids = request.prompt_token_ids
-        images = [p for f in request.mm_features or () if f.modality == "image" for p in _span(f.mm_position)]
+        images = prompt_images(request.mm_features)
         prompt = Prompt(ids, ticket.text_finder(ids), ticket.role_finder(ids), images)
         paths = [f"{step.path}.tokens" for step in ticket.plan.steps]
         selection = Selection.build(ticket.plan.selectors, prompt, paths)
     ticket.selections.append(selection)
-    return make_args(ticket.plan, selection, str(ticket.key), ticket.whole)
-
-
-def _span(position: Any) -> range:
-    return range(position.offset, position.offset + position.length)
+    return make_args(ticket.plan, selection, str(ticket.key), ticket.whole, ticket.capture, ticket.signals)
 
 
 def _given(params: Any) -> Any:

@@ -19,6 +19,8 @@ from torch import Tensor
 from steersman.kernels.cpu import Table
 from steersman.kernels.program import Block, Program
 from steersman.kernels.reference import Reduce, edit
+from steersman.server.engine.carry import Carried, Source
+from steersman.server.engine.chain import Chain, Injected, in_turn
 from steersman.server.engine.resident import Resident
 
 
@@ -36,16 +38,37 @@ class Group:
     """Rows that get the same program at one place."""
 
     resident: Resident
-    program: Program
+    program: Program | Chain
     rows: Tensor  # [n] int64
+    mask: int = 0  # the interventions that select them
+
+    @property
+    def tabled(self) -> bool:
+        """Whether a table takes it."""
+        return isinstance(self.program, Program) and not self.program.encodes
+
+    def carry(self, carried: Carried | None) -> dict[int, Tensor]:
+        """[n, d] what the rows carry, by injection."""
+        if carried is None or not isinstance(self.program, Chain):
+            return {}
+        return carried.to(self.resident, self.mask, self.program)
 
 
 @dataclass
 class Work:
     """All that is done at one place."""
 
-    groups: list[Group] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)  # those that a table takes come first
+    sources: list[Source] = field(default_factory=list)  # what is read here for injections at later layers
     _table: Table | None = None
+    _tables: int = 0  # of the groups, how many a table takes
+
+    def add(self, group: Group) -> None:
+        if group.tabled:
+            self.groups.insert(self._tables, group)
+            self._tables += 1
+        else:
+            self.groups.append(group)
 
     @cached_property
     def gated(self) -> bool:
@@ -66,7 +89,7 @@ class Work:
         """[n, max_blocks] the gate of each row's blocks, -1 where there is none."""
         return self._by_row(lambda block: block.gate)
 
-    def _by_row(self, value: Callable[[Block], int]) -> NDArray[np.int64]:
+    def _by_row(self, value: Callable[[Block | Injected], int]) -> NDArray[np.int64]:
         out = np.full((len(self.rows), max(len(g.program.blocks) for g in self.groups)), -1)
         for group, mine in self.slices():
             out[mine, : len(group.program.blocks)] = [value(block) for block in group.program.blocks]
@@ -80,31 +103,44 @@ class Work:
             start += len(group.rows)
 
     def apply(
-        self, x: Tensor, residual: Tensor | None, gates: Tensor | None, measure: bool, reduce: Reduce | None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        gates: Tensor | None,
+        measure: bool,
+        reduce: Reduce | None,
+        carried: Carried | None = None,
     ) -> Tensor | None:
         """Edits ``x`` [T, d] in place.
 
         gates: [rows, n_gates] 0 or 1, needed when ``gated``.
         reduce: adds up over tensor-parallel ranks, where x is one rank's shard.
+        carried: what this pass has carried here, for chains.
         Returns [rows, n_blocks] how large each block's edit was beside the stream, when ``measure``.
         """
         if reduce is None and x.is_cpu and self._table is None:
-            self._table = Table.build([(g.program, g.rows) for g in self.groups], x.shape[1])
-        if self._table is not None and not measure:
+            tabled = self.groups[: self._tables]
+            self._table = Table.build(
+                [(g.program, g.rows) for g in tabled if isinstance(g.program, Program)], x.shape[1]
+            )
+        if self._table is not None and not measure and self._tables == len(self.groups):
             self._table.apply(x, residual, gates)
             return None
         norms = torch.zeros(self.interventions.shape, device=x.device) if measure else None
         squares = torch.zeros(len(self.rows), device=x.device) if measure else None
-        if self._table is not None:
-            self._table.apply(x, residual, gates, norms, squares)
-        else:
-            for group, mine in self.slices():
-                own_gates = None if gates is None else gates[mine].to(x.device)
-                _edit(
-                    x, residual, group, own_gates,
-                    None if norms is None else norms[mine, : len(group.program.blocks)],
-                    None if squares is None else squares[mine], reduce,
-                )  # fmt: skip
+        done = 0  # rows
+        if self._table is not None and self._table.rows:
+            done = self._table.rows
+            self._table.apply(x, residual, *(None if part is None else part[:done] for part in (gates, norms, squares)))
+        for group, mine in self.slices():
+            if mine.start < done:
+                continue
+            own_gates = None if gates is None else gates[mine].to(x.device)
+            _edit(
+                x, residual, group, own_gates,
+                None if norms is None else norms[mine, : len(group.program.blocks)],
+                None if squares is None else squares[mine], reduce, carried,
+            )  # fmt: skip
         if norms is None or squares is None:
             return None
         return (norms / squares.sqrt().clamp_min(1e-30)[:, None]).cpu()
@@ -118,14 +154,21 @@ def _edit(
     norms: Tensor | None,
     squares: Tensor | None,
     reduce: Reduce | None,
+    carried: Carried | None,
 ) -> None:
     rows = group.rows.to(x.device)
     own = x[rows].float()
     stream = own if residual is None else own + residual[rows].float()
-    x[rows] = (own + edit(stream, group.program, gates, norms, reduce)).to(x.dtype)
     if squares is not None:
         square = (stream * stream).sum(-1)
         squares.copy_(square if reduce is None else reduce(square))
+    if not isinstance(group.program, Chain):
+        x[rows] = (own + edit(stream, group.program, gates, norms, reduce)).to(x.dtype)
+        return
+    change, sizes = in_turn(stream, group.program, gates, reduce, group.carry(carried))
+    x[rows] = torch.where(change == 0, own, own + change).to(x.dtype)  # -0.0 + 0 is +0.0
+    if norms is not None and squares is not None:
+        norms.copy_(sizes * squares.sqrt()[:, None])
 
 
 def group_rows(runs: Sequence[Run]) -> dict[tuple[Resident, int], Tensor]:

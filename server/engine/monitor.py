@@ -9,8 +9,9 @@ Every ``every``-th forward pass is looked at, with all its tokens; the others co
 * what probes read, by asset and layer: those of requests, and those that are read for all (:meth:`watch_probes`);
 * the entropy, in nats, of the model's distribution of the token that comes next, where a token was sampled and the
   engine does not speculate;
-* outliers: tokens whose ln‖x‖ is more than ``OUTLIER`` standard deviations from its mean at that layer, over all that
-  was sampled at it before, once that is ``BASELINE`` tokens.
+* outliers: tokens whose ln‖x‖ is more than ``OUTLIER`` standard deviations from its mean at that layer: the stored
+  baseline's, where there is one (:meth:`use_baseline`), else those of all that was sampled at it before, once that is
+  ``BASELINE`` tokens.
 
 Gates are counted in every pass: a gate that decides once counts each request once, a token gate each token that its
 intervention selects. A token that is computed again, after a preemption or in place of a rejected draft, counts again.
@@ -24,12 +25,11 @@ An error in here costs statistics, never a request: it is logged once and counte
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 import uuid
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.kernels.moments import Floats, Moments
 from steersman.kernels.statistics import (
     COSINE_BOUNDS,
     ENTROPY_BOUNDS,
@@ -103,26 +104,22 @@ class _Buffers:
 
 
 class _Baseline:
-    """Mean and variance of ln‖x‖ at each layer, over all that was sampled (Chan's update)."""
+    """Mean and spread of ln‖x‖ at each layer, over all that was sampled."""
 
     def __init__(self, layers: int) -> None:
-        self.count = np.zeros(layers)
-        self.mean = np.zeros(layers)
-        self.square = np.zeros(layers)  # sum of squared deviations
+        self.seen = Moments.none(layers)
+        self.stored: tuple[Floats, Floats] | None = None  # [layers] mean and deviation that stand for what is usual
 
     def judge(self, layers: Ints, lengths: Values) -> Ints:
-        """How many of each layer's norms [layers, n] are outliers; they belong to the baseline afterwards."""
+        """How many of each layer's norms [layers, n] are outliers; they belong to what was seen afterwards."""
         logs = np.log(np.maximum(lengths.astype(np.float64), 1e-30))
-        count, mean = self.count[layers], self.mean[layers]
-        deviation = np.sqrt(self.square[layers] / np.maximum(count, 1))
+        seen = self.seen.at(layers)
+        mean, deviation = (seen.mean, seen.deviation) if self.stored is None else (s[layers] for s in self.stored)
         far = ~(np.abs(logs - mean[:, None]) <= OUTLIER * deviation[:, None])  # NaN is one
-        found: Ints = np.where(count >= BASELINE, far.sum(1), 0)
-        logs = np.where(np.isfinite(logs), logs, mean[:, None])
-        n = logs.shape[1]
-        delta = logs.mean(1) - mean
-        self.square[layers] += ((logs - logs.mean(1)[:, None]) ** 2).sum(1) + delta**2 * count * n / (count + n)
-        self.mean[layers] += delta * n / (count + n)
-        self.count[layers] += n
+        known = (seen.count >= BASELINE) | (self.stored is not None)
+        found: Ints = np.where(known, far.sum(1), 0)
+        logs = np.where(np.isfinite(logs), logs, seen.mean[:, None])
+        self.seen.put(layers, seen.plus(Moments.of(logs)))
         return found
 
 
@@ -173,6 +170,16 @@ class Monitor:
             self._watched = {place: (names, torch.stack(d)) for place, (names, d) in found.items()}
             if self.counts:
                 self.places = self._streams.union(self._watched)
+
+    def use_baseline(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
+        """Outliers are from now on those of these means and standard deviations of ln‖x‖, one for each layer."""
+        with self._lock:
+            self._baseline.stored = np.array(mean), np.array(deviation)
+
+    def norms_seen(self) -> dict[str, Any]:
+        """This worker's id, and the moments of ln‖x‖ at each layer, over all that was sampled since it started."""
+        with self._lock:
+            return {"worker": self.worker, **self._baseline.seen.to_json()}
 
     def enter(self, request_id: str, prompt: int) -> None:
         """A request with a prompt of so many tokens is in the batch from now on."""
@@ -291,22 +298,15 @@ class Monitor:
 
     # -- logits -----------------------------------------------------------------------------------
 
-    def watch_logits(self, model: Any) -> None:
-        """Looks at what ``model.compute_logits`` returns first after a pass that is looked at."""
-        compute: Callable[..., Any] = model.compute_logits
-
-        @functools.wraps(compute)
-        def compute_logits(*args: Any, **kwargs: Any) -> Any:
-            logits = compute(*args, **kwargs)
-            if self._finished is not None:
-                finished, self._finished = self._finished, None
-                if self.counts and logits is not None and len(logits) == len(finished):
-                    with self._guarded():
-                        found = entropies(logits if all(finished) else logits[torch.tensor(finished)]).cpu().numpy()
-                        self._buffers.entropy.add(np.zeros(len(found), np.int64), found)
-            return logits
-
-        model.compute_logits = compute_logits
+    def see_logits(self, logits: Tensor) -> None:
+        """Logits [n, vocabulary] that the model computes: the first after a pass are of its tokens."""
+        if self._finished is None:
+            return
+        finished, self._finished = self._finished, None
+        if self.counts and len(logits) == len(finished):
+            with self._guarded():
+                found = entropies(logits if all(finished) else logits[torch.tensor(finished)]).cpu().numpy()
+                self._buffers.entropy.add(np.zeros(len(found), np.int64), found)
 
     # -- giving away ------------------------------------------------------------------------------
 

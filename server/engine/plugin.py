@@ -18,15 +18,19 @@ from typing import Any
 
 import steersman
 
-RPC_METHODS = ("model", "load_plan", "reports", "probes", "watch", "statistics", "stats")
+RPC_METHODS = (
+    "model", "load_plan", "reports", "probes", "watch", "statistics", "stats", "captured", "captured_bytes",
+    "drop_captured", "norms", "baseline",
+)  # fmt: skip
 """Methods of ``WorkerSteering`` that ``collective_rpc`` reaches by ``steersman_<name>``."""
 
 
 def register() -> None:
     """Patches vLLM for steering. Does nothing the second time."""
-    from steersman.server.engine import cache, intake
+    from steersman.server.engine import cache, images, intake
 
     cache.patch()
+    images.patch()
     intake.patch()
     _patch_worker()
 

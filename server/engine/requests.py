@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.server.engine.captures import Capture, Wanted
 from steersman.server.engine.resident import Resident
+from steersman.server.engine.signals import Signals
 from steersman.server.engine.traces import Trace, Values, plain
 from steersman.steering.plan import GateRead, Place, Step
 from steersman.steering.tokens import Selection
@@ -112,8 +114,10 @@ class RequestState:
     probes: Trace | None = None  # a column for each of `columns`; None before the first pass
     columns: list[int] = field(default_factory=list)  # the plan's reads that are made on this rank
     sizes: Trace | None = None  # of the edits, where every token is told of; NaN where nothing was edited
-    size_columns: dict[tuple[int, int], int] = field(default_factory=dict)  # (intervention, layer) -> column
+    size_columns: dict[tuple[int, Place], int] = field(default_factory=dict)  # (intervention, place) -> column
     over: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)  # beyond the dosage's limit
+    capture: Capture | None = None  # of its prompt's activations
+    signals: Signals | None = None  # that it asks for
     error: str | None = None
 
     def __post_init__(self) -> None:
@@ -125,11 +129,16 @@ class RequestState:
         self.unmeasured = (1 << len(self.steps)) - 1
         self._attempts = [0] * len(self.steps)
         if self.whole:
-            pairs = [(i, layer) for i, step in enumerate(self.steps) for layer in step.layers]
+            pairs = [(i, place) for i, step in enumerate(self.steps) for place in step.places]
             self.size_columns = {pair: column for column, pair in enumerate(dict.fromkeys(pairs))}
             self.sizes = Trace(len(self.size_columns), whole=True)
         if plan is None:
             self.error = "the plan was not resident when the request reached the engine"
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether rows are read between the layers for it, besides what its plan reads and edits."""
+        return self.capture is not None or (self.signals is not None and bool(self.signals.norms))
 
     def measured(self, layers: tuple[int, ...], sums: Sums) -> None:
         """Adds what a pass measured: [layers, 2, interventions], sum and count of ‖Δx‖/‖x‖ over the edited tokens."""
@@ -179,7 +188,7 @@ class RequestState:
     def _decided_late(self, step: Step) -> bool:
         """Whether all that the step edits in a pass has been computed when its gate decides."""
         gate = self.gates[step.gate].read
-        return gate.per_request and all(Place(layer, step.site).order <= gate.place.order for layer in step.layers)
+        return gate.per_request and all(place.order <= gate.place.order for place in step.places)
 
     def edited(self, start: int = 0, end: int | None = None) -> list[int]:
         """[interventions] how many of the positions each has edited, each counted once however often computed."""
@@ -194,6 +203,8 @@ class RequestState:
         if self.probes is None:
             self.columns, self.probes = columns, Trace(len(columns), self.whole)
         self.probes.see(start, values)
+        if self.signals is not None:
+            self.signals.see_probes(columns, start, values)
 
     def overdosed(self, intervention: int, layer: int, count: int, worst: float) -> None:
         """An intervention was too large at ``count`` tokens of a pass, by its ‖Δx‖/‖x‖ up to ``worst``."""
@@ -225,6 +236,7 @@ class RequestState:
             "probes": self._probe_sums(end),
             "over": [[i, layer, count, worst] for (i, layer), (count, worst) in sorted(self.over.items())],
             "tokens": [self._tokens(end)] if self.whole and self.sizes is not None else [],
+            "signals": self.signals.told(end, self.whole) if self.signals is not None else {},
         }
 
     def probe_rows(self, start: int, end: int | None) -> dict[str, Any]:
@@ -247,14 +259,20 @@ class RequestState:
         return sorted([*where, found.count, *values] for where, *values in rows)
 
     def _tokens(self, end: int | None) -> dict[str, Any]:
-        """Token by token: what probes read, and ‖Δx‖/‖x‖ of each intervention and layer, None where it did nothing."""
+        """Token by token: what probes read, and ‖Δx‖/‖x‖ of each intervention and place, None where it did nothing."""
         assert self.sizes is not None
         positions, sizes = self.sizes.rows(0, end)
-        edits = {"positions": positions, "columns": [list(c) for c in self.size_columns], "values": plain(sizes)}
+        columns = [[i, place.layer, place.site.value] for i, place in self.size_columns]
+        edits = {"positions": positions, "columns": columns, "values": plain(sizes)}
         return {"probes": self.probe_rows(0, end), "edits": edits}
 
 
 def open_request(request_id: str, args: Mapping[str, Any], resident: Resident | None) -> RequestState:
     """The state of a request whose sampling parameters carry ``args`` (see :mod:`steersman.server.engine.wire`)."""
     selection = Selection.from_json(args["selection"])
-    return RequestState(resident, selection, str(args["key"]), request_id, whole=bool(args.get("whole")))
+    capture = Capture(Wanted.from_json(args["capture"])) if "capture" in args else None
+    signals = Signals(args["signals"], selection.prompt_length) if args.get("signals") else None
+    whole = bool(args.get("whole"))
+    return RequestState(
+        resident, selection, str(args["key"]), request_id, whole=whole, capture=capture, signals=signals
+    )

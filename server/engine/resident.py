@@ -7,7 +7,7 @@ A program is compiled per place and per set of active interventions (the bit mas
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from steersman.kernels.program import Program
+from steersman.server.engine.chain import Chain, Injected, chain
 from steersman.steering.errors import CapacityExceeded
 from steersman.steering.plan import Place, Plan
 
@@ -35,7 +36,7 @@ class Resident:
     """One plan on this worker, from when it is loaded until it is dropped; loaded again it is another one."""
 
     plan: Plan
-    size: int  # bytes
+    size: int  # bytes, with the encoders that it has the worker hold
     shards: Mapping[Place, Shard]  # places of which this rank holds only a part
     users: int = 0  # requests in flight
     holders: set[str] = field(default_factory=set)
@@ -67,6 +68,23 @@ class Resident:
                 del self._programs[next(iter(self._programs))]
         return found
 
+    def chains(self, mask: int) -> dict[Place, Chain]:
+        """All that the interventions in ``mask`` do at the places where one of them injects."""
+        found: dict[Place, list[Injected]] = {}
+        for index, injection in enumerate(self.plan.injections):
+            if mask >> injection.intervention & 1:
+                for place in injection.written:
+                    found.setdefault(place, []).append(Injected(injection.intervention, index, injection.gate))
+        programs = self.programs(mask) if found else {}
+        return {place: chain(programs.get(place), injected) for place, injected in found.items()}
+
+    def sources(self, mask: int) -> Iterator[tuple[Place, int, float]]:
+        """(place, injection, weight) of all that is read for the injections of the interventions in ``mask``."""
+        for index, injection in enumerate(self.plan.injections):
+            if mask >> injection.intervention & 1:
+                for layer, weight in injection.sources:
+                    yield Place(layer, injection.site), index, weight
+
     def _compile(self, mask: int) -> dict[Place, Program]:
         out = {}
         for place, blocks in self.plan.blocks.items():
@@ -86,6 +104,7 @@ class ResidentPlans:
     """
 
     def __init__(self, capacity: int, limit: int, shards: Mapping[Place, Shard]) -> None:
+        self.on_load: Callable[[Plan], None] = lambda plan: None  # before a plan is taken; may raise
         self.on_drop: Callable[[Resident], None] = lambda resident: None
         self.capacity = capacity
         self.limit = limit
@@ -107,9 +126,11 @@ class ResidentPlans:
         plan = Plan.from_bytes(data)
         resident = self.get(plan.id)
         if resident is None:
-            self._make_room(len(data))
-            resident = self._plans[plan.id] = Resident(plan, len(data), self.shards)
-            self.size += len(data)
+            size = len(data) + sum({e.sha256: e.nbytes for _, e in plan.encodes}.values())
+            self._make_room(size)
+            self.on_load(plan)
+            resident = self._plans[plan.id] = Resident(plan, size, self.shards)
+            self.size += size
         resident.holders.add(holder)
         return plan.id
 

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from steersman.kernels.reference import Reduce
+from steersman.server.engine.captures import NOTHING, Capture, Captures
+from steersman.server.engine.carry import Carried, Carry, Source
 from steersman.server.engine.device import DevicePlans
 from steersman.server.engine.dosage import Dosage
 from steersman.server.engine.layout import Group, Run, Work, group_rows, runs_of
@@ -30,6 +32,7 @@ from steersman.server.engine.monitor import Monitor
 from steersman.server.engine.probing import Probing
 from steersman.server.engine.requests import Masks, RequestState, open_request
 from steersman.server.engine.resident import Resident, ResidentPlans, Shard
+from steersman.server.engine.signals import Logits, Streams, next_tokens
 from steersman.server.engine.sizes import Measured, add_up, trace
 from steersman.steering.plan import Place
 from steersman.steering.sites import Site
@@ -66,6 +69,10 @@ class Owner:
     def rows(self) -> slice:
         return slice(self.row, self.row + self.count)
 
+    @property
+    def capture(self) -> Capture | None:
+        return self.state.capture
+
 
 Layout = dict[Place, Work]
 
@@ -83,12 +90,14 @@ class Runtime:
         self.device: DevicePlans | None = None
         self.monitor: Monitor | None = None
         self.dosage: Dosage | None = None  # to be set before any request is added
+        self.keeps = True  # whether this rank keeps captured rows; of tensor-parallel ones one does
         self.requests: dict[str, RequestState] = {}
         self.finished: OrderedDict[str, list[RequestState]] = OrderedDict()
         self._owners: list[Owner] = []
         self._layout: Layout = {}
         self._layout_key: object = None
         self._layouts: Layout = {}
+        self._carried = Carried()
         self._reads: frozenset[Place] = frozenset()  # places that are read by gates or probes in this step
         self.wanted: Container[Place] = ()  # places that are edited or read in this step
         self.live = False  # whether there are any
@@ -96,6 +105,9 @@ class Runtime:
         self._measured: list[Measured] = []
         self._asked: list[Measured] = []  # the same before the dosage's limit, where there is one
         self._probing = Probing(())
+        self._captures = NOTHING
+        self._streams = Streams()
+        self._logits: Logits | None = None  # of the last pass, until they are computed
         self._on_device: list[Run] = []  # of this pass
         self._device_layout: Layout | None = None  # of these runs, made when they are measured
         self._capturing = False
@@ -163,6 +175,11 @@ class Runtime:
                 found[state.key][state.request_id] = state.probe_rows(*bounds)
         return found
 
+    def captured(self, key: str) -> RequestState | None:
+        """The request that ``key`` names, finished or not, with what was captured of it."""
+        found = [s for s in self.requests.values() if s.key == key] + self.finished.get(key, [])
+        return found[0] if found else None
+
     # -- one forward pass -------------------------------------------------------------------------
 
     def needs_host(self, request_ids: Iterable[str]) -> bool:
@@ -171,7 +188,7 @@ class Runtime:
             return True
         states = [s for i in request_ids if (s := self.requests.get(i)) is not None] if self.requests else []
         measured = self.dosage is not None
-        return any(s.resident is not None and (measured or s.whole or not s.resident.on_device) for s in states)
+        return any(s.resident is not None and (measured or s.needs_layers or not s.resident.on_device) for s in states)
 
     @contextmanager
     def capturing(self, sites: Collection[Site]) -> Iterator[None]:
@@ -192,6 +209,7 @@ class Runtime:
         replayed: the pass replays graphs, so that only what runs on the device can be done.
         """
         self._rest()
+        self._logits = None
         sampled = self.monitor is not None and self.monitor.begin(() if replayed else batch, self.requests)
         if not self.requests and not sampled:
             self._layout_key, self._layouts = None, {}
@@ -211,7 +229,11 @@ class Runtime:
             elif owner.chosen:
                 key += [Run(state.resident, mask, entry.row + a, entry.row + b) for mask, a, b in runs_of(owner.masks)]
         if replayed:
-            need_host = [o.state for o in self._owners if o.state.resident and not o.state.resident.on_device]
+            need_host = [
+                o.state
+                for o in self._owners
+                if o.state.needs_layers or (o.state.resident and not o.state.resident.on_device)
+            ]
             _fail(need_host, "a pass that needs the host has been given a graph")
         if self.device is not None:
             key = self._lay_out_on(self.device, key, replayed)
@@ -225,6 +247,13 @@ class Runtime:
             self.wanted = self.device.places.union(self.wanted) if self.wanted else self.device.places
         if sampled and self.monitor is not None:
             self.wanted = self.monitor.places.union(self.wanted)
+        self._captures = Captures(self._owners)
+        if self._captures.places:
+            self.wanted = self._captures.places.union(self.wanted)
+        if asking := [o for o in self._owners if o.state.signals is not None]:
+            self._streams, self._logits = Streams(asking), next_tokens(batch, asking)
+        if self._streams.places:
+            self.wanted = self._streams.places.union(self.wanted)
         self.live = bool(self.wanted)
         self._probing = Probing(self._owners)
         self._steps += 1
@@ -252,12 +281,14 @@ class Runtime:
             self.dosage.note(self._asked, self._owners)
         sampled = self.monitor is not None and self.monitor.sampling
         self._probing.finish(self.monitor.probed if sampled and self.monitor is not None else None)
+        self._streams.finish()
         if self.monitor is not None:
             self.monitor.end(self._measured)
 
     def _rest(self) -> None:
         self._owners, self._measured, self._asked, self._layout = [], [], [], {}
-        self._probing = Probing(())
+        self._probing, self._captures, self._streams = Probing(()), NOTHING, Streams()
+        self._carried = Carried()
         self._reads = frozenset()
         self.wanted, self.live, self._measure = (), False, False
         if self.device is not None:
@@ -277,7 +308,22 @@ class Runtime:
                 raise
             _fail([o.state for o in self._owners], f"editing {_name(place)} failed: {error}")
 
+    def see_logits(self, logits: Tensor) -> None:
+        """Logits [n, vocabulary] that the model computes; the first after a pass are of its tokens."""
+        if self.monitor is not None:
+            self.monitor.see_logits(logits)
+        expected, self._logits = self._logits, None
+        if expected is not None and self.keeps:
+            try:
+                expected.read(logits)
+            except Exception as error:
+                asking = [s for s in self.requests.values() if s.signals is not None and s.signals.of_logits]
+                _fail(asking, f"reading the logits failed: {error}")
+
     # -- parts ------------------------------------------------------------------------------------
+
+    def _not_captured(self, owner: Owner, error: Exception) -> None:
+        _fail([owner.state], f"capturing activations failed: {error}")
 
     def _own(self, state: RequestState, entry: Scheduled, token_ids: Callable[[int, int], Ints]) -> Owner:
         _, start, row, count = entry
@@ -296,13 +342,15 @@ class Runtime:
         out: Layout = {}
         for (resident, mask), rows in group_rows(key).items():
             try:
-                programs = resident.programs(mask)
+                programs = resident.programs(mask) | resident.chains(mask)
             except Exception as error:
                 _fail(self._using(resident), f"compiling its plan failed: {error}")
                 self._layout_key = None  # what is laid out lacks it, so it is not for another batch
                 continue
             for place, program in programs.items():
-                out.setdefault(place, Work()).groups.append(Group(resident, program, rows))
+                out.setdefault(place, Work()).add(Group(resident, program, rows, mask))
+            for place, index, weight in resident.sources(mask):
+                out.setdefault(place, Work()).sources.append(Source(Carry(resident, mask, index), weight, rows))
         return out
 
     def _lay_out_on(self, device: DevicePlans, key: list[Run], replayed: bool) -> list[Run]:
@@ -337,33 +385,51 @@ class Runtime:
 
     def _apply(self, place: Place, x: Tensor, residual: Tensor | None) -> None:
         decided = self._read_gates(place, x, residual) if place in self._reads else []
-        if (work := self._layout.get(place)) is not None:
+        work = self._layout.get(place)
+        raw = self._read_sources(place, work, x, residual) if work is not None and work.sources else []
+        if work is not None and work.groups:
             gates = self._gates(work) if work.gated else None
             reduce = self.reduce if place in self.shards else None
             try:
                 if self.dosage is not None:
-                    relative, asked = self.dosage.apply(work, x, residual, gates, reduce)
+                    relative, asked = self.dosage.apply(work, x, residual, gates, reduce, self._carried)
                     self._asked.append((place, work, asked, gates))
                 else:
-                    relative = work.apply(x, residual, gates, self._measure, reduce)
+                    relative = work.apply(x, residual, gates, self._measure, reduce, self._carried)
                 if relative is not None:
                     self._measured.append((place, work, relative, gates))
             except Exception as error:
                 edited = {id(g.resident) for g in work.groups}
                 states = [o.state for o in self._owners if id(o.state.resident) in edited]
                 _fail(states, f"editing {_name(place)} failed: {error}")
+        self._carried.add(raw)
         for owner, i, values in decided:
             owner.gates[i] = values
             if self.monitor is not None:
                 self.monitor.gate(owner.state, i, owner.masks, values)
         if place in self._reads:
             self._probing.read(place, x, residual, self.shards.get(place), self.reduce)
+        if place in self._captures.places:
+            reduce = self.reduce if place in self.shards else None
+            self._captures.read(place, x, residual, self.shards.get(place), reduce, self.keeps, self._not_captured)
+        if self.keeps and place in self._streams.places:
+            self._streams.read(place, x, residual)
         if self.monitor is not None and self.monitor.sampling:
             self.monitor.see(place, x, residual)
 
+    def _read_sources(self, place: Place, work: Work, x: Tensor, residual: Tensor | None) -> list[tuple[Carry, Tensor]]:
+        """What injections at later layers take of this place, before its edits."""
+        try:
+            return self._carried.read(work.sources, x, residual)
+        except Exception as error:
+            reading = {id(s.carry.resident) for s in work.sources}
+            states = [o.state for o in self._owners if id(o.state.resident) in reading]
+            _fail(states, f"reading {_name(place)} for an injection failed: {error}")
+            return []
+
     def _gates(self, work: Work) -> Tensor:
         """[rows, n_gates] of the work's rows."""
-        count = max(len(g.resident.plan.gates) for g in work.groups)
+        count = max(len(owner.gates) for owner in self._owners)
         everyone = torch.zeros(max(o.row + o.count for o in self._owners), count)
         for owner in self._owners:
             for i, values in enumerate(owner.gates):

@@ -77,7 +77,7 @@ def trace(measured: Sequence[Measured], owners: Sequence[Any]) -> None:
         inside[inside] = sized.rows[inside] >= starts[whose[inside]]
         for i in np.unique(whose[inside]):
             mine = inside & (whose == i)
-            column = keeping[i].state.size_columns[sized.intervention, sized.place.layer]
+            column = keeping[i].state.size_columns[sized.intervention, sized.place]
             tables[i][sized.rows[mine] - starts[i], column] = sized.values[mine]
     for owner, table in zip(keeping, tables, strict=True):
         owner.state.sizes.see(owner.start, table)

@@ -2,6 +2,8 @@
 
 ``{"plan": id, "edits": id, "key": report key, "selection": Selection.to_json(), "decides": bool, "whole": bool}``:
 ``decides``, whether a gate decides once for the whole request; ``whole``, whether its report tells of every token.
+``capture``, where it is there, says what of the prompt is captured (:class:`~steersman.server.engine.captures.Wanted`).
+``signals``, where they are there, are asked for as :mod:`~steersman.server.engine.signals` says.
 The plan itself goes to the workers once, by RPC, before
 the first request that names it.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from steersman.server.engine.captures import Wanted
 from steersman.steering.plan import Plan
 from steersman.steering.tokens import Selection
 
@@ -23,8 +26,15 @@ def args_of(sampling_params: Any) -> Mapping[str, Any] | None:
     return extra.get(KEY) if extra else None
 
 
-def make_args(plan: Plan, selection: Selection, key: str, whole: bool = False) -> dict[str, Any]:
-    return {
+def make_args(
+    plan: Plan,
+    selection: Selection,
+    key: str,
+    whole: bool = False,
+    capture: Wanted | None = None,
+    signals: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    args = {
         "plan": plan.id,
         "edits": plan.edits_id,
         "key": key,
@@ -32,3 +42,6 @@ def make_args(plan: Plan, selection: Selection, key: str, whole: bool = False) -
         "decides": any(g.per_request for g in plan.gates),
         "whole": whole,
     }
+    if signals:
+        args["signals"] = dict(signals)
+    return args if capture is None else {**args, "capture": capture.to_json()}

@@ -20,14 +20,17 @@ from steersman.kernels import choice, cpu_library
 from steersman.server.engine import graphs, hooks, runner_v1, runner_v2
 from steersman.server.engine.device import DevicePlans, Kernel
 from steersman.server.engine.dosage import Dosage
+from steersman.server.engine.encoders import Encoders
 from steersman.server.engine.layers import decoder_layers
 from steersman.server.engine.monitor import Monitor
 from steersman.server.engine.resident import Shard
 from steersman.server.engine.runtime import Runtime
+from steersman.server.engine.signals import watch_logits
 from steersman.server.settings import Settings
 from steersman.steering.errors import SiteUnsupported, SteeringError
 from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import ModelInfo, Site
+from steersman.steering.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +55,18 @@ class WorkerSteering:
             capacity=settings.plan_memory_mb * 2**20,
             limit=settings.max_plans,
         )
+        self.runtime.keeps = self.leads
+        encoders = Encoders(
+            lambda ref: Store(settings.store).get(ref), self.runtime.shards, worker.device.type == "cpu"
+        )
+        self.runtime.plans.on_load = encoders.load
         if settings.max_relative_norm is not None:
             self.runtime.dosage = Dosage(settings.max_relative_norm, settings.dosage)
         if settings.monitor == "on":
             on_cpu = worker.device.type == "cpu"
             every = settings.monitor_every or (EVERY_ON_CPU if on_cpu else EVERY_WITH_GRAPHS)
             self.runtime.monitor = Monitor(self.n_layers, every, counts=self.leads)
-            self.runtime.monitor.watch_logits(worker.model_runner.get_model())
+        watch_logits(worker.model_runner.get_model(), self.runtime.see_logits)
         if worker.device.type == "cpu":
             cpu_library.library(cpu_library.backend())  # compiled now, not in the first steered step
         widths: dict[Site, dict[int, int]] = {}
@@ -99,7 +107,7 @@ class WorkerSteering:
         plans = self.runtime.plans
         try:
             plans.release(release, holder)
-            self._refuse_far_gates(Plan.from_bytes(data))
+            self._refuse_far_reads(Plan.from_bytes(data))
             return {"plan": plans.add(data, holder), "resident": len(plans)}
         except SteeringError as error:
             return {"error": error.message, "code": error.code}
@@ -107,13 +115,21 @@ class WorkerSteering:
             logger.exception("a plan could not be loaded")
             return {"error": str(error), "code": "engine_unsteered"}
 
-    def _refuse_far_gates(self, plan: Plan) -> None:
-        """A gate is read on the pipeline stage that has its layer, and the other stages do not hear of it."""
+    def _refuse_far_reads(self, plan: Plan) -> None:
+        """What is read on the pipeline stage that has the layer, the other stages do not hear of."""
         for step in plan.steps:
             if step.gate >= 0 and self.layers.intersection(step.layers):
                 layer = plan.gates[step.gate].place.layer
                 if layer not in self.layers:
                     raise SiteUnsupported(f"layer {layer} is on another pipeline stage than the edit that it gates")
+        for injection in plan.injections:
+            mine = self.layers.intersection(injection.targets)
+            far = [k for k, _ in injection.sources if k not in self.layers and mine and k < max(mine)]
+            if far:
+                raise SiteUnsupported(
+                    f"layer {far[0]} is on another pipeline stage than layer {max(mine)}, into which it is injected; "
+                    "use sources and targets of one stage"
+                )
 
     def reports(self, asked: dict[str, dict[str, int]]) -> dict[str, Any]:
         """Raw reports by key; ``asked`` says how many positions of each sequence count.
@@ -123,17 +139,51 @@ class WorkerSteering:
         found = self.runtime.reports(asked)
         if self.leads:
             return found
-        nothing: dict[str, list[Any]] = {"relative": [], "probes": [], "over": [], "tokens": []}
+        nothing: dict[str, Any] = {"relative": [], "probes": [], "over": [], "tokens": [], "signals": {}}
         return {key: [{**r, **nothing} for r in reports if r["error"]] for key, reports in found.items()}
 
     def probes(self, asked: dict[str, dict[str, list[int]]]) -> dict[str, dict[str, Any]] | None:
         """What requests' probes read: by key and engine's id, of the positions [from, to) that are asked for."""
         return self.runtime.probe_rows(asked) if self.leads else None
 
+    def captured(self, key: str) -> dict[str, Any] | None:
+        """[layer, site, *shape] of the arrays that were captured of a request, and what went wrong.
+
+        None where the request was not computed.
+        """
+        state = self.runtime.captured(key)
+        if state is None or state.capture is None:
+            return None
+        try:
+            return {"error": state.error, "arrays": state.capture.manifest()}
+        except LookupError as missing:
+            return {"error": state.error or str(missing), "arrays": []}
+
+    def captured_bytes(self, key: str, start: int, end: int) -> bytes:
+        """A part of these arrays one after another; nothing from ranks that have none."""
+        state = self.runtime.captured(key)
+        return b"" if state is None or state.capture is None else state.capture.read(start, end)
+
+    def drop_captured(self, key: str) -> None:
+        """What was captured of a request is not asked for again."""
+        state = self.runtime.captured(key)
+        if state is not None:
+            state.capture = None
+
     def watch(self, data: bytes) -> None:
         """The probes of this plan are read in every pass that statistics look at."""
         if self.runtime.monitor is not None:
             self.runtime.monitor.watch_probes(Plan.from_bytes(data))
+
+    def norms(self) -> dict[str, Any] | None:
+        """What norms this worker has seen; None from ranks that do not count."""
+        monitor = self.runtime.monitor
+        return monitor.norms_seen() if monitor is not None and self.leads else None
+
+    def baseline(self, mean: list[float], deviation: list[float]) -> None:
+        """See :meth:`Monitor.use_baseline`."""
+        if self.runtime.monitor is not None:
+            self.runtime.monitor.use_baseline(mean, deviation)
 
     def statistics(self, holder: str, received: dict[str, int]) -> dict[str, Any] | None:
         """See :meth:`Monitor.drain`. None from ranks that do not count."""

@@ -80,6 +80,10 @@ class Bins:
         actions = stats.unnormalise(x.reshape(self.about.chunk, stats.dims))
         return Decoded(actions, stats.mask, int(((bins < 0) | (bins >= n)).sum()))
 
+    def token_values(self) -> dict[int, float]:
+        n = self.about.bins
+        return {self.about.first_token + i: -1 + (2 * i + 1) / n for i in range(n)}
+
     def metadata(self) -> dict[str, Any]:
         dims = {key: stats.dims for key, stats in self.stats.actions.items()}
         return {"unnorm_keys": dims, "chunk": self.about.chunk, "action_bins": self.about.bins}

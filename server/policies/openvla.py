@@ -58,6 +58,10 @@ class OpenVla:
         x = self.centres[np.clip(bins, 0, len(self.centres) - 1)]
         return Decoded(stats.unnormalise(x)[None], stats.mask, strays)
 
+    def token_values(self) -> dict[int, float]:
+        last = len(self.centres) - 1
+        return {self.vocabulary - 1 - i: float(self.centres[min(i, last)]) for i in range(last + 2)}
+
     def metadata(self) -> dict[str, Any]:
         dims = {key: stats.dims for key, stats in self.stats.actions.items()}
         return {"unnorm_keys": dims, "chunk": 1, "action_bins": len(self.centres) + 1}

@@ -50,5 +50,8 @@ class Policy(Protocol):
     def decode(self, token_ids: Sequence[int], observation: Observation) -> Decoded:
         """``token_ids``: what was generated, as many as the prompt asked for."""
 
+    def token_values(self) -> dict[int, float]:
+        """What each action token stands for, from -1 to 1, before it is scaled to the robot's units."""
+
     def metadata(self) -> dict[str, Any]:
         """What a client may want to know, as JSON; ``unnorm_keys`` has the dims of each key that there is."""

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
-from vllm.entrypoints.serve.utils.api_utils import listen_for_disconnect
 
 from steersman.clients import arrays
 from steersman.server import access
 from steersman.server.answers import Json
 from steersman.server.policies.robots import Acted, Robots, robots_of
 from steersman.server.routes import observations
-
-GONE = Response(status_code=499)  # nobody reads it
-
-T = TypeVar("T")
+from steersman.server.routes.gone import GONE, unless_gone
 
 router = APIRouter()
 _BODY = {"requestBody": {"content": {"application/json": {"schema": {
@@ -46,7 +41,7 @@ async def actions(raw: Request) -> Response:
         body = await raw.body()
     except ClientDisconnect:
         return GONE
-    acted = await _unless_gone(raw, _ours(robots, body, kind))
+    acted = await unless_gone(raw, _ours(robots, body, kind))
     return GONE if acted is None else Json(_told(robots, acted))
 
 
@@ -60,7 +55,7 @@ async def act(raw: Request) -> Response:
         body = await raw.body()
     except ClientDisconnect:
         return GONE
-    found = await _unless_gone(raw, _openvla(robots, body, defaults))
+    found = await unless_gone(raw, _openvla(robots, body, defaults))
     if found is None:
         return GONE
     acted, twice = found
@@ -98,18 +93,3 @@ def _short(acted: Acted) -> dict[str, Any]:
         edits = [{"index": e["index"], "tokens": e["tokens"]} for e in acted.report.get("interventions", ())]
         out["steering"] = {"plan": acted.report["plan"], "interventions": edits}
     return out
-
-
-async def _unless_gone(raw: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """What ``work`` comes to; None, and it is cancelled, when the client goes away first. The body has been read."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(listen_for_disconnect(raw))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return await task
-        return None
-    finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait((task,))  # it lets go of its plan

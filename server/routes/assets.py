@@ -14,6 +14,7 @@ from steersman.server import inventory
 from steersman.server.access import admin
 from steersman.server.answers import Json, dumps
 from steersman.server.engine.frontend import DEFAULT_NAME, Frontend
+from steersman.server.features import active_on as active_features
 from steersman.server.state import state_of
 from steersman.steering import assets as kinds
 from steersman.steering import spec
@@ -98,9 +99,14 @@ async def fetch(ref: str, raw: Request, format: Filter = None) -> Response:
 async def features(
     ref: str, raw: Request, query: Filter = None, active_on: Filter = None, limit: Limit = 20, offset: Offset = 0
 ) -> Response:
-    """A dictionary's labelled features: those whose label has words that begin with all of ``query``'s, best first."""
+    """A dictionary's labelled features: those whose label has words that begin with all of ``query``'s, best first.
+
+    With ``active_on`` those that are most active on this text, of each of its tokens and of all of it.
+    """
     if active_on is not None:
-        raise InvalidRequest("this server cannot tell which features are active on a text; use query", "active_on")
+        if query is not None or offset:
+            raise InvalidRequest("goes with limit alone, not with query or offset", "active_on")
+        return Json(await active_features(state_of(raw.app), ref, active_on, limit))
     store = state_of(raw.app).frontend.store
     asset, found, total = await asyncio.to_thread(_features, store, ref, query, limit, offset)
     data = [{"index": feature, "label": label} for feature, label in found]

@@ -31,6 +31,11 @@ class Served:
                 refuse_overdose(plan, raw, settings.max_relative_norm)
         report = block(self.ticket, raw, self.detail)
         self.state.metrics.observe(plan, report)
+        detector = self.state.frontend.detector
+        if detector is not None and self.ticket.capture is None:  # which takes activations, and answers nothing
+            scores = detector.scores([r["signals"] for r in raw])
+            self.state.metrics.scored(detector.name, scores, detector.threshold)
+            report["detector"] = detector.block(scores)
         return {"plan": report["plan"]} if self.detail == "none" else report
 
     async def news(self) -> list[dict[str, Any]]:

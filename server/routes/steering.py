@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from steersman.server import prompting
 from steersman.server.access import admin
 from steersman.server.answers import Json
-from steersman.server.engine.prompts import RoleFinder, TextFinder
-from steersman.server.state import state_of
-from steersman.steering import spec
+from steersman.server.state import SteeringState, state_of
+from steersman.steering import plan_lint, spec
 from steersman.steering.assets import validation_error
-from steersman.steering.errors import InvalidRequest, SteeringError
+from steersman.steering.errors import InvalidRequest, SteeringError, located
 from steersman.steering.plan import Plan
 from steersman.steering.spec import OPS
 from steersman.steering.tokens import Prompt, Selection
@@ -53,7 +55,7 @@ async def resolve(raw: Request) -> Response:
         request = ResolveRequest.model_validate(body)
     except ValidationError as error:
         raise validation_error(error) from None
-    return Json(await asyncio.to_thread(_resolve, request, state_of(raw.app).frontend))
+    return Json(await asyncio.to_thread(_resolve, request, state_of(raw.app)))
 
 
 @router.get("/default")
@@ -86,22 +88,27 @@ def attach(app: FastAPI) -> None:
 
 def _describe(plan: Plan) -> dict[str, Any]:
     rows = sum(block.count for blocks in plan.blocks.values() for block in blocks)
+    rows += sum(len(injection.targets) for injection in plan.injections)
     return {
         "plan": plan.id,
         "interventions": [
             {
                 "index": i,
-                "op": step.op,
-                "layers": list(step.layers),
-                "site": step.site.value,
-                "assets": list(step.assets),
+                **step.about(),
                 "path": step.path,
                 "gated": step.gate >= 0,
             }
             for i, step in enumerate(plan.steps)
         ],
         "probes": list(plan.probe_names),
-        "cost": {"places": len(plan.blocks), "rows": rows, "bytes": len(plan.to_bytes())},
+        "cost": {
+            "places": len(plan.edited),
+            "rows": rows,
+            "bytes": len(plan.to_bytes()),
+            "encodes": [
+                {"layer": place.layer, "site": place.site.value, **encode.cost()} for place, encode in plan.encodes
+            ],
+        },
         "warnings": list(plan.warnings),
     }
 
@@ -113,10 +120,13 @@ async def _body(raw: Request, param: str) -> Any:
         raise InvalidRequest("the body is not JSON", param) from None
 
 
-def _resolve(request: ResolveRequest, frontend: Any) -> dict[str, Any]:
-    plan = frontend.resolve({} if request.steering is None else request.steering)
+def _resolve(request: ResolveRequest, state: SteeringState) -> dict[str, Any]:
+    plan, _ = state.frontend.with_signals(spec.parse({} if request.steering is None else request.steering))
     out = _describe(plan)
-    prompt = _prompt(request, frontend.tokenizer)
+    found = plan_lint.lint(plan, _usual_norms(state))
+    out["warnings"] += [finding.message for finding in found.findings]
+    out["unchecked"] = plan_lint.unchecked(plan, found)
+    prompt = _prompt(request, state)
     if prompt is not None:
         paths = [f"{s.path}.tokens" for s in plan.steps]
         try:
@@ -134,38 +144,24 @@ def _resolve(request: ResolveRequest, frontend: Any) -> dict[str, Any]:
     return out
 
 
-def _prompt(request: ResolveRequest, tokenizer: Any) -> Prompt | None:
+def _usual_norms(state: SteeringState) -> dict[int, float]:
+    """By layer, of the stream that leaves it; empty where the server has no baseline, or it is gone."""
+    name = state.settings.norm_baseline
+    with suppress(SteeringError):
+        if name is not None:
+            return {i: math.exp(m) for i, m in enumerate(state.frontend.resolver.library.baseline(name).mean)}
+    return {}
+
+
+def _prompt(request: ResolveRequest, state: SteeringState) -> Prompt | None:
     """The given prompt with finders of text and roles in it; None when none is given."""
     if request.messages is not None and request.prompt is not None:
         raise InvalidRequest("give either messages or a prompt", "messages")
-    if request.messages is None and request.prompt is None:
+    param, given = ("prompt", request.prompt) if request.messages is None else ("messages", request.messages)
+    if given is None:
         return None
-    if isinstance(request.prompt, list):
-        return Prompt(request.prompt, None if tokenizer is None else TextFinder(tokenizer, request.prompt))
-    if tokenizer is None:
-        raise InvalidRequest("this server has no tokenizer; give token ids", "prompt")
-    if request.messages is None:
-        ids = tokenizer.encode(request.prompt)
-        return Prompt(ids, TextFinder(tokenizer, ids))
-
-    def render(messages: Any) -> str:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-
-    messages = [_joined(message) for message in request.messages]
-    try:
-        ids = tokenizer.encode(render(messages), add_special_tokens=False)
-    except Exception as error:  # a template may raise anything
-        raise InvalidRequest(f"the chat template does not take these messages: {error}", "messages") from None
-    text = TextFinder(tokenizer, ids)
-    return Prompt(ids, text, RoleFinder(text, messages, render))
-
-
-def _joined(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose parts are all text, as the engine gives it to templates that take a string."""
-    parts = message.get("content")
-    if isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
-        return {**message, "content": "\n".join(p["text"] for p in parts)}
-    return message
+    with located(param):
+        return prompting.read(given, state.frontend.tokenizer, prompting.template_options(state.serving)).prompt
 
 
 def _positions(selection: Selection, index: int) -> list[list[int]]:

@@ -38,6 +38,8 @@ METRICS: dict[str, tuple[type[Any], tuple[str, ...], tuple[float, ...] | None]] 
     "steersman_layer_cosine": (Histogram, ("layer",), COSINES),
     "steersman_answer_entropy": (Histogram, (), NATS),
     "steersman_norm_outliers": (Counter, ("layer",), None),
+    "steersman_detector_score": (Histogram, ("detector",), VALUES),
+    "steersman_detector_answers": (Counter, ("detector", "outcome"), None),
     "steersman_dosage_limited": (Counter, ("asset", "action"), None),
     "steersman_plans_resident": (Gauge, (), None),
     "steersman_plan_build_seconds": (Histogram, (), Histogram.DEFAULT_BUCKETS),
@@ -83,6 +85,10 @@ class Page:
         self._set("store_assets", 1, "profile")
         self._see("plan_build_seconds", self.random.lognormvariate(-4, 1))
         self._see("answer_entropy", self.random.gammavariate(2, 0.6))
+        for outcome, times in (("usual", 8), ("unusual", 2), ("unscored", 1)):
+            self._count("detector_answers", times, "odd", outcome)
+        for _ in range(10):
+            self._see("detector_score", self.random.gauss(1, 2), "odd")
         for asset in ASSETS:
             self._asset(asset)
         for number, layer in enumerate(LAYERS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.e2e.server import Server
-from tests.e2e.steered import Asked, agree, ask, matters, together
+from tests.e2e.steered import INJECT, Asked, agree, ask, matters, together
 from tests.e2e.test_oracle import interventions
 from tests.oracle.hf import SITES, Oracle
 
@@ -49,5 +49,9 @@ def a_mixed_batch(server: Server, oracle: Oracle) -> None:
         chosen = interventions(site, [1, 3])[i : i + 3]
         batch += [Asked(PROMPT[: 5 + i], {"interventions": [e]}, 3 + i, f"{e['op']} at {site}") for e in chosen]
         batch.append(Asked(PROMPT[: 5 + i], None, 4, "unsteered"))
+    batch += [
+        Asked(PROMPT[:7], {"interventions": [INJECT]}, 5, "injection"),
+        Asked(PROMPT, {"interventions": [{**INJECT, "tokens": "all"}, ADD]}, 4, "injection and an add"),
+    ]
     for request, answer in zip(batch, together(server, batch), strict=True):
         agree(answer, oracle, request.steering, request.label)

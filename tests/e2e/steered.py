@@ -23,6 +23,15 @@ EVERY = {"logprobs": VOCAB_SIZE, "return_tokens_as_token_ids": True, "return_tok
 WIDE = ["--dtype", "float32", "--max-model-len", "512", "--max-logprobs", "-1"]
 """Options of a server that tells every logprob."""
 
+INJECT: dict[str, Any] = {
+    "op": "inject",
+    "recipe": {"inline": {
+        "rr_attn": [0.4, 0.9, 0.2, 0.1], "rr_mlp": [0.3, 0.8, 0.5, 0.1], "lambda_a": 1.5, "lambda_m": -1.2,
+        "sources": {"attn": [0, 1], "mlp": [0, 2]}, "targets": {"attn": [1, 2, 3], "mlp": [1, 3]},
+    }},
+}  # fmt: skip
+"""Of a model of four layers."""
+
 DEVELOPER = {"VLLM_SERVER_DEV_MODE": "1"}
 """Variables of a server whose scheduler can be paused."""
 

@@ -21,7 +21,7 @@ from tests.deploy.prometheus import (
     run_prometheus,
 )
 from tests.e2e.server import Server
-from tests.e2e.traffic import DAMAGED, GATES, THRESHOLDS, VECTORS, WATCHED, serving, traffic
+from tests.e2e.traffic import DAMAGED, DETECTOR, GATES, THRESHOLDS, VECTORS, WATCHED, serving, traffic
 from tests.models.tiny import N_LAYERS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, needs_prometheus]
@@ -89,8 +89,11 @@ def test_panels_show_what_was_done(watched: Watched) -> None:
     assert set(probes) == {WATCHED, "truth"}
     for heat in ("Norm of the stream", "Norms out of baseline", "Cosine between a layer's input and output"):
         assert set(by(watched, expression(f"layers.json: {heat} [A]"), "layer")) == {f"{i:03}" for i in range(N_LAYERS)}
+    unusual = by(watched, expression("assets.json: Unusual answers [A]"), "detector")
+    assert 0 < unusual[DETECTOR] < 1  # those that `bold` steers, and only they
     kinds = by(watched, expression("overview.json: Assets [A]"), "kind")
     assert kinds["vector"] == len(VECTORS)
+    assert (kinds["baseline"], kinds["detector"]) == (1, 1)
     saturated = by(watched, expression("robots.json: Saturation [A]"), "policy")
     assert saturated["bins"] > 0
 
@@ -121,6 +124,7 @@ def test_alerts_for_what_goes_wrong(watched: Watched) -> None:
     wrong = {
         "SteersmanEditTooLarge": {"asset": "bold"},
         "SteersmanProbeOverThreshold": {"probe": WATCHED},
+        "SteersmanAnswersUnusual": {"detector": DETECTOR},
         "SteersmanStoreErrors": {"reason": "asset_corrupt"},
         "SteersmanRequestsFailing": {},
     }
@@ -150,6 +154,8 @@ def test_fixed_labels_count_from_zero(watched: Watched) -> None:
         assert {found[name, label] for label in labels.split()} == {0.0}, name
     assert {found["norm_outliers_total", str(layer)] for layer in range(N_LAYERS)} == {0.0}
     assert found["action_saturation_total",] == 0.0
+    outcomes = ("usual", "unusual", "unscored")
+    assert {found["detector_answers_total", DETECTOR, outcome] for outcome in outcomes} == {0.0}
 
 
 def test_the_stand_in_page_is_like_this_one(watched: Watched) -> None:

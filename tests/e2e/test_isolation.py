@@ -15,6 +15,7 @@ import pytest
 from tests.e2e.server import Server, serve
 from tests.e2e.steered import (
     DEVELOPER,
+    INJECT,
     WIDE,
     Answer,
     Asked,
@@ -161,6 +162,8 @@ def edits(site: str) -> list[dict[str, Any]]:
     ]
     if site == "attn_z":
         found.insert(0, {"op": "heads", "site": site, "heads": [[2, 1], [3, 0]], "factor": 0.0})
+    if site in ("attn_out", "mlp_out"):
+        found.insert(0, {**INJECT, "layers": [2, 3], "scale": {"attn_out": 1.0, "mlp_out": -0.7}[site]})
     if site == "mlp_post":
         found.insert(
             0, {"op": "neurons", "site": site, "neurons": {"inline": [[2, 3], [3, 17]]}, "mode": "set", "value": 3.0}
@@ -201,6 +204,7 @@ def zeros() -> list[dict[str, Any]]:
         {"op": "neurons", "site": "mlp_post", "neurons": {"inline": [[2, 3]]}, "mode": mode, "value": value}
         for mode, value in (("add", 0.0), ("scale", 1.0))
     ]
+    found += [{**INJECT, "scale": 0.0, "tokens": "all"}]
     for site in SITES:
         where = {"site": site, "vector": site}
         found += [

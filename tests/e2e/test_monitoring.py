@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +17,15 @@ import psutil
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from transformers import AutoTokenizer
 
 from steersman.kernels.statistics import NORM_BOUNDS, RELATIVE_BOUNDS
+from steersman.server import cli
+from steersman.server.asked_signals import hedge_ids
+from steersman.steering.assets import Asset, parse_metadata
+from steersman.steering.baselines import seen_between
+from steersman.steering.signals import HEDGES, features_of
+from steersman.steering.store import Store
 from tests.e2e.server import Server, serve
 from tests.e2e.steered import DEVELOPER, WIDE, Answer, Asked, ask, events, random_assets, together
 from tests.models.tiny import tiny_model
@@ -30,8 +38,10 @@ RANKS = {
 }
 OPTIONS = [
     *WIDE, "--no-enable-prefix-caching", "--steering-monitor-sample", "1", "--steering-monitor-interval", "0.2",
-    "--steering-max-relative-norm", "0.75",
+    "--steering-max-relative-norm", "0.75", "--steering-norm-baseline", "usual",
 ]  # fmt: skip
+USUAL = [2.33, 2.66, 2.89, 3.07], [0.02, 0.02, 0.02, 0.02]
+"""Mean and deviation of ln‖x‖ of a made-up baseline, of which some norms of every layer are outliers."""
 PROMPT = [1, 40, 51, 62, 73, 84, 95, 106, 117, 128, 139, 31]
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -40,10 +50,19 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Oracle]]:
     path = tiny_model("llama")
     more, env = RANKS[request.param]
-    with serve(path, tmp_path_factory.mktemp("monitored"), [*OPTIONS, *more], env=env) as server:
+    tmp = tmp_path_factory.mktemp("monitored")
+    Store(tmp / "store").add(usual(path))
+    with serve(path, tmp, [*OPTIONS, *more], env=env) as server:
         oracle = Oracle(path, {})
         random_assets(oracle, server)
         yield server, oracle
+
+
+def usual(path: Path) -> Asset:
+    config = json.loads((path / "config.json").read_text())
+    model = {"id": path.name, "n_layers": config["num_hidden_layers"], "d_model": config["hidden_size"]}
+    about = {"name": "usual", "kind": "baseline", "model": model, "counts": [1000] * model["n_layers"]}
+    return Asset(parse_metadata({**about, "mean": USUAL[0], "deviation": USUAL[1]}))
 
 
 def samples(server: Server) -> Samples:
@@ -102,7 +121,7 @@ def test_a_mixed_batch(served: tuple[Server, Oracle]) -> None:
     two = {"interventions": [gated]}
     three = {"probes": [{"vector": "mlp_post", "site": "mlp_post", "layers": [2]}]}
     asked = [Asked(PROMPT[: 6 + i], s, 4 + i, str(i)) for i, s in enumerate((one, None, two, three, one))]
-    before = samples(server)
+    before, read = samples(server), server.http.get("/v1/steering/norms").json()["data"]
     answers = together(server, asked)
     fed = sum(len(a.ids) - 1 for a in answers)
     grown = after(
@@ -110,6 +129,7 @@ def test_a_mixed_batch(served: tuple[Server, Oracle]) -> None:
     )
     seen = [captures(oracle, a, r.steering) for a, r in zip(answers, asked, strict=True)]
     check_layers(grown, layers, answers, asked, seen)
+    check_norms(server, read, grown, seen)
 
     sizes: dict[tuple[str, int], list[np.ndarray]] = {}
     for answer, request in zip(answers, asked, strict=True):
@@ -139,6 +159,20 @@ def test_a_mixed_batch(served: tuple[Server, Oracle]) -> None:
     assert len(edited) == len(answers[2].ids) - 1
     assert grown("gate_decisions_total", asset="resid_pre") == len(read)
     assert grown("gate_open_total", asset="resid_pre") == (read > 0).sum()
+
+
+def check_norms(server: Server, before: Any, grown: Callable[..., float], seen: Any) -> None:
+    """What a baseline would be made of, and the outliers by the one that the server has."""
+    n = len(USUAL[0])
+    moments = seen_between(before, server.http.get("/v1/steering/norms").json()["data"], n)
+    for layer, mean, deviation in zip(range(n), *USUAL, strict=True):
+        logs = np.log(np.concatenate([lengths(found[layer, "resid_post"]) for found in seen]))
+        assert moments.count[layer] == len(logs)
+        assert moments.mean[layer] == pytest.approx(logs.mean(), rel=1e-5)
+        assert moments.deviation[layer] == pytest.approx(logs.std(), rel=1e-3)
+        far = np.abs(logs - mean) > 6 * deviation
+        assert 0 < far.sum() < len(far), (layer, logs.mean(), logs.std())
+        assert abs(grown("norm_outliers_total", layer=layer) - far.sum()) <= 1  # one may lie at the bound
 
 
 GROUPS = [{"tokens": t, "steered": s} for t in ("prompt", "generated") for s in ("no", "yes")]
@@ -229,6 +263,75 @@ def test_reports_of_every_token_and_probes_in_a_stream(served: tuple[Server, Ora
     assert "interventions" in chunks[-1]
 
 
+def test_signals_of_the_generated_tokens(served: tuple[Server, Oracle]) -> None:
+    server, oracle = served
+    edit = {"op": "add", "vector": "resid_post", "relative": "norm", "scale": 0.3, "layers": [1]}
+    names = ["answer_entropy", "evidence_entropy", "norm:0", "norm:3", "probe:mlp_post:2"]
+    edited = {"interventions": [edit], "probes": [{"vector": "mlp_post", "site": "mlp_post"}]}
+    other = {"signals": ["norm:2"], "default": False}
+    asked = [Asked(PROMPT, {**edited, "signals": names, "report": "tokens"}, 6, "a"), Asked(PROMPT[:5], None, 8, "b")]
+    answers = together(server, [*asked, Asked(PROMPT[:7], other, 4, "c")])
+    hedges = hedge_ids(HEDGES, AutoTokenizer.from_pretrained(tiny_model("llama")))
+    answer, ids, n = answers[0], answers[0].ids[:-1], len(PROMPT)
+    (told,) = answer.body["steering"]["signals"]
+    p = answer.logprobs[n - 1 :].double().exp()
+    mass = p[:, hedges].sum(-1)
+    assert 0.01 < float(mass.min()) < float(mass.max()) < 0.99
+    seen = captures(oracle, answer, edited)
+    v = oracle.assets["mlp_post"].layers[2]
+    wanted = {
+        "answer_entropy": -(p * p.log()).sum(-1),
+        "evidence_entropy": -(mass * mass.log() + (1 - mass) * (1 - mass).log()),
+        "norm:0": seen[0, "resid_post"].norm(dim=-1)[n - 1 :],
+        "norm:3": seen[3, "resid_post"].norm(dim=-1)[n - 1 :],
+        "probe:mlp_post:2": (seen[2, "mlp_post"] @ (v / v.norm()))[n - 1 :],
+    }
+    assert set(told["signals"]) == set(names)
+    for name, values in wanted.items():
+        found, numbers = told["signals"][name], values.tolist()
+        assert found["positions"] == list(range(n - 1, len(ids)))
+        assert found["values"] == pytest.approx(numbers, rel=1e-3, abs=1e-3), name
+        about = {"tokens": 6, "first": numbers[0], "last": numbers[-1], "mean": sum(numbers) / 6, "max": max(numbers)}
+        assert {k: found[k] for k in about} == pytest.approx(about, rel=1e-3, abs=1e-3), name
+    assert "steering" not in answers[1].body
+    (plain,) = answers[2].body["steering"]["signals"]
+    norms = lengths(captures(oracle, answers[2], None)[2, "resid_post"])[6:]
+    assert set(plain["signals"]) == {"norm:2"}
+    assert plain["signals"]["norm:2"]["mean"] == pytest.approx(norms.mean(), rel=1e-3)
+    assert plain["signals"]["norm:2"]["tokens"] == 4
+
+
+def test_commands_that_learn_what_is_usual(
+    served: tuple[Server, Oracle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, _ = served
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"tell me about the number {i}\n" for i in range(40)))
+    asked = ["--server", server.url, "--prompts", str(prompts)]
+    (before,) = server.http.get("/v1/steering/norms").json()["data"]
+    assert cli.main(["baseline", "record", *asked, "--name", "learnt", "--max-tokens", "32"]) == 0
+    ref = capsys.readouterr().out.strip()
+    learnt = server.http.get(f"/v1/steering/assets/{ref}").json()
+    assert min(learnt["counts"]) == max(learnt["counts"]) > 40 * 32
+    (after,) = server.http.get("/v1/steering/norms").json()["data"]
+    sums = []
+    for reading in (before, after):
+        n, mean, square = (np.array(reading[name]) for name in ("count", "mean", "square"))
+        sums.append(np.stack([n, n * mean, square + n * mean**2]))  # number, Σx and Σx²
+    n, total, squares = sums[1] - sums[0]
+    assert learnt["counts"] == n.tolist()
+    assert learnt["mean"] == pytest.approx((total / n).tolist(), rel=1e-9)
+    assert learnt["deviation"] == pytest.approx(np.sqrt(squares / n - (total / n) ** 2).tolist(), rel=1e-6)
+    features = ["answer_entropy.mean", "norm:1.max"]
+    assert cli.main(["detector", "collect", *asked, "--features", ",".join(features), "--max-tokens", "8"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [a["messages"][0]["content"] for a in answers] == prompts.read_text().splitlines()
+    values = [features_of(features, a["signals"])[0] for a in answers]
+    entropy, norm = np.array(values).T
+    assert ((entropy > 0) & (entropy < np.log(600))).all()
+    assert (np.abs(np.log(norm) - USUAL[0][1]) < 1).all()
+
+
 def test_an_edit_beyond_the_limit_is_said_and_counted(served: tuple[Server, Oracle]) -> None:
     server, _ = served
     edit = {"op": "add", "vector": "resid_post", "relative": "norm", "scale": 0.9, "layers": [1], "tokens": "prompt"}
@@ -247,6 +350,8 @@ def test_an_edit_beyond_the_limit_is_said_and_counted(served: tuple[Server, Orac
         ({"probes": [{"vector": "resid_post"}] * 10_000}, 400, "steering.probes"),
         ({"stream_probes": True}, 400, "steering.stream_probes"),
         ({"probes": [{"vector": "resid_post"}], "stream_probes": True}, 400, "steering.stream_probes"),
+        ({"signals": ["answer_entropy", "norm:99"]}, 400, "steering.signals[1]"),
+        ({"signals": ["attention"]}, 400, "steering.signals"),
     ],
 )
 def test_bad_probes(served: tuple[Server, Oracle], asked: dict[str, Any], status: int, param: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from steersman.clients.smollm2 import fetch
+from tests.e2e import captured
 from tests.e2e.server import Server, serve
 from tests.models.tiny import REGISTRY, tiny_model
 from tests.oracle import ops
@@ -53,6 +54,16 @@ def test_ops_at_sites(served: tuple[Server, Oracle]) -> None:
             check(server, oracle, {"interventions": [intervention]}, f"{site} #{i} {intervention['op']}")
 
 
+def test_captures(served: tuple[Server, Oracle]) -> None:
+    """Activations at every site, of the bare model and under edits."""
+    server, oracle = served
+    model = server.http.get("/v1/steering/model").json()
+    assets(oracle, server, model)
+    captured.everywhere(server, oracle, [PROMPT, PROMPT[:3]])
+    edit = {"op": "add", "vector": "resid_post", "scale": 3.0, "layers": [1, 2], "tokens": {"positions": [1]}}
+    captured.everywhere(server, oracle, [PROMPT[:7]], {"interventions": [edit]})
+
+
 def test_selectors_and_gates(served: tuple[Server, Oracle]) -> None:
     server, oracle = served
     model = server.http.get("/v1/steering/model").json()
@@ -76,6 +87,40 @@ SELECTORS: list[Any] = [
 ]  # fmt: skip
 
 
+def test_injection(served: tuple[Server, Oracle]) -> None:
+    """From sources that the server chose, alone, among other edits of the same places, and gated."""
+    server, oracle = served
+    model = server.http.get("/v1/steering/model").json()
+    assets(oracle, server, model)
+    n = model["n_layers"]
+    generator = torch.Generator().manual_seed(3)
+    rates = {name: torch.rand(n, generator=generator).tolist() for name in ("rr_attn", "rr_mlp")}
+    about = {"id": model["model"], "n_layers": n, "d_model": model["d_model"]}
+    made = server.post(
+        "/v1/steering/assets",
+        {"kind": "recipe", "name": "iri", "model": about, **rates, "lambda_a": 1.5, "lambda_m": -1.0},
+    )
+    assert made.status_code == 201, made.text
+    recipe = made.json()
+    for side, count in (("sources", 3), ("targets", 10)):
+        assert [len(layers) for layers in recipe[side].values()] == [min(count, n)] * 2
+    oracle.assets["iri"] = AssetData("recipe", recipe=recipe)
+    inject = {"op": "inject", "recipe": "iri"}
+    late = [layer for layer in recipe["targets"]["attn"] if layer > recipe["sources"]["attn"][0]][-1]
+    first, last = min(recipe["sources"]["attn"]), late
+    gate = {"vector": "resid_post", "layer": last - 1, "measure": "projection", "above": 0.0}
+    beside = {"op": "add", "vector": "attn_out", "scale": 1.5, "layers": [first, last]}
+    after = {"op": "multiply", "vector": "mlp_out", "factor": 2.0, "layers": "all"}
+    asked: list[list[dict[str, Any]]] = [
+        [inject],
+        [{**inject, "scale": -0.8, "tokens": "prompt"}],
+        [beside, {**inject, "tokens": "all"}, after],
+        [{**inject, "layers": late, "scale": 3.0, "tokens": "all", "when": gate}],
+    ]
+    for i, interventions in enumerate(asked):
+        check(server, oracle, {"interventions": interventions}, f"injection #{i}")
+
+
 def test_features_are_read(served: tuple[Server, Oracle]) -> None:
     """A probe on a feature reports what the dictionary's own encoder says of the prompt's tokens."""
     server, oracle = served
@@ -93,6 +138,29 @@ def test_features_are_read(served: tuple[Server, Oracle]) -> None:
         for name, value in (("mean", want.mean()), ("max", want.max()), ("last", want[-1])):
             assert abs(seen[name] - float(value)) < TOLERANCE * max(1.0, float(want.max())), (i, name)
     assert 0 < int((acts > 0).sum()) < acts.numel()
+
+
+def test_features_that_take_the_whole_encoder(served: tuple[Server, Oracle]) -> None:
+    """TopK dictionaries, whose activations the worker encodes from its own store; what that costs is told before."""
+    server, oracle = served
+    model = server.http.get("/v1/steering/model").json()
+    about = {"id": model["model"], "n_layers": model["n_layers"], "d_model": model["d_model"]}
+    thorough = server.model in ("llama", "gpt2")  # the encode is the same whatever the architecture
+    for site in ("resid_post", "mlp_post")[: 1 + thorough]:
+        layer = model["sites"][site][1]
+        width, name = model["widths"][site][str(layer)], f"{site}-topk"
+        dictionary(oracle, server, about, name, site, layer, width, k=5)
+        feature = {"op": "feature", "dictionary": name, "index": [0, 3, 4, 7, 9]}
+        changes: list[dict[str, Any]] = [
+            {"mode": "set", "value": 3.0},
+            {"mode": "scale", "value": -3.0, "only_if_active": True, "tokens": "prompt"},
+            {"mode": "ablate", "preserve_norm": True},
+        ]
+        for change in changes if thorough else changes[:1]:
+            check(server, oracle, {"interventions": [{**feature, **change}]}, f"{name} {change['mode']}")
+        asked = {"steering": {"interventions": [{**feature, "value": 1.0}]}}
+        [cost] = server.post("/v1/steering/resolve", asked).json()["cost"]["encodes"]
+        assert cost["multiply_adds_per_token"] == FEATURES * width
 
 
 def gates(oracle: Oracle) -> list[dict[str, Any]]:
@@ -197,9 +265,10 @@ def assets(oracle: Oracle, server: Server, model: dict[str, Any]) -> None:
 
 
 def dictionary(
-    oracle: Oracle, server: Server, about: dict[str, Any], name: str, site: str, layer: int, width: int
-) -> None:
-    """A random JumpReLU dictionary whose features are active on some of the prompt's tokens."""
+    oracle: Oracle, server: Server, about: dict[str, Any], name: str, site: str, layer: int, width: int,
+    k: int | None = None,
+) -> None:  # fmt: skip
+    """A random JumpReLU dictionary, or TopK, whose features are active on some of the prompt's tokens."""
     generator = torch.Generator().manual_seed(width + layer)
     stream = oracle.capture(PROMPT, [(layer, site)], prompt_len=len(PROMPT))[layer, site]
     encoder, decoder = (torch.randn(FEATURES, width, generator=generator) for _ in range(2))
@@ -211,14 +280,18 @@ def dictionary(
     }  # fmt: skip
     scale = float(stream.norm(dim=1).mean()) / 4  # so that an edit is felt
     tensors["decoder"] = tensors["decoder"] * scale
-    read = {"W_enc": encoder.T, "W_dec": tensors["decoder"], **{n: tensors[n] for n in ("b_enc", "b_dec", "threshold")}}
+    if k is not None:
+        del tensors["threshold"]
+    numbers = {n: t for n, t in tensors.items() if n in ("b_enc", "b_dec", "threshold")}
+    read = {"W_enc": encoder.T, "W_dec": tensors["decoder"], **numbers, **({"k": torch.tensor(k)} if k else {})}
     oracle.assets[name] = AssetData("dictionary", site, {layer: read})
     meta = {
         "kind": "dictionary",
-        "architecture": "jumprelu",
+        "architecture": "jumprelu" if k is None else "topk",
         "apply_b_dec_to_input": True,
         "site": site,
         "layer": layer,
+        **({} if k is None else {"k": k}),
     }
     upload(server, {**meta, "name": name, "model": about}, tensors)
 

@@ -9,10 +9,12 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tests.e2e import captured
 from tests.e2e.server import Server, serve
-from tests.e2e.steered import WIDE, Answer, agree, ask, distance, matters, random_assets
+from tests.e2e.steered import INJECT, WIDE, Answer, agree, ask, distance, matters, random_assets
 from tests.models.tiny import tiny_model
 from tests.oracle.hf import Oracle
 
@@ -174,6 +176,21 @@ def test_an_edited_prompt_under_a_whole_prompt_gate(asker: Asker, prompt: list[i
     asker(prompt, plan(), 0, "the same edit without a gate")
 
 
+def test_an_injection_on_a_cached_prompt(asker: Asker, prompt: list[int]) -> None:
+    """By default the whole blocks before the prompt's last token are everybody's; the others are the plan's own."""
+    default, everywhere = {"interventions": [INJECT]}, {"interventions": [{**INJECT, "tokens": "all"}]}
+    asker(prompt, None, 0, "unsteered")
+    answer = asker(prompt, default, WHOLE, "after unsteered")
+    assert (answer.edited, answer.edited_in_cache) == ([4], [0])
+    matters(asker.oracle, answer, default, "the injection")
+    first = asker(prompt, everywhere, 0, "of every token")
+    again = asker(prompt, everywhere, WHOLE, "of every token, again")
+    assert (again.edited, again.edited_in_cache) == ([LENGTH + 3], [WHOLE])
+    assert distance(again.logprobs, first.logprobs) < SAME
+    asker(prompt, {"interventions": [{**INJECT, "tokens": "all", "scale": 0.9}]}, 0, "of another strength")
+    asker(prompt, default, WHOLE, "by default, again")
+
+
 def test_probes_do_not_split_the_cache(asker: Asker, prompt: list[int]) -> None:
     probes = [{"vector": "resid_post"}, {"vector": "mlp_post", "layers": [3]}]
     asker(prompt, {"probes": probes}, 0, "probes alone")
@@ -183,6 +200,22 @@ def test_probes_do_not_split_the_cache(asker: Asker, prompt: list[int]) -> None:
     again = asker(prompt, {**plan(), "probes": probes[:1]}, WHOLE, "the edit and one of the probes")
     seen = [a.body["steering"]["probes"][0]["layers"]["3"]["tokens"] for a in (first, again)]
     assert seen == [LENGTH + 3, LENGTH - WHOLE + 3], "tokens that the probe has read"
+
+
+def test_captures_compute_what_is_cached(asker: Asker, prompt: list[int]) -> None:
+    """And what they have computed is reused as if a completion had: by everybody, or by those with the same plan."""
+    asker(prompt, None, 0, "unsteered")
+    first = captured.capture(asker.server, [prompt])
+    captured.check(asker.oracle, first, label="of a cached prompt")
+    again = captured.capture(asker.server, [prompt])
+    assert all(np.array_equal(again.arrays[name], rows) for name, rows in first.arrays.items())
+    asker(prompt, None, WHOLE, "unsteered again")
+    for label in ("steered", "steered again"):
+        captured.check(asker.oracle, captured.capture(asker.server, [prompt], steering=plan()), plan(), label)
+    asker(prompt, plan(), WHOLE, "the plan of a capture")
+    own = [9, *prompt[1:]]
+    captured.check(asker.oracle, captured.capture(asker.server, [own], steering=plan(scale=1.3)), plan(scale=1.3))
+    asker(own, None, 0, "unsteered, after a steered capture")
 
 
 def test_sequences_of_one_request(asker: Asker, prompt: list[int]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +15,13 @@ import torch
 from PIL import Image
 
 from steersman.clients import arrays
+from steersman.clients.conflict import measure
 from steersman.clients.robot import HttpRobot, SocketRobot
-from steersman.clients.sdk import SteersmanError
+from steersman.clients.sdk import Steersman, SteersmanError
+from steersman.clients.simulators import study, watchdog
+from steersman.clients.simulators.episode import Limits
+from steersman.clients.simulators.simulator import Seen
+from tests.clients.simulators.point import Point
 from tests.e2e.server import Server, serve
 from tests.e2e.steered import metric
 from tests.models.tiny_llava import (
@@ -40,7 +47,7 @@ DIMS = len(STATS["q01"])
 TASKS = ["pick up the red block", "close the gripper", "move the arm up"]
 
 
-def steering(tokens: str, value: float = VALUE) -> dict[str, Any]:
+def steering(tokens: Any, value: float = VALUE) -> dict[str, Any]:
     named = [[layer, index] for layer, columns in NEURONS.items() for index in columns]
     edit = {"op": "neurons", "neurons": {"inline": named}, "mode": "set", "value": value, "tokens": tokens}
     return {"interventions": [edit]}
@@ -70,7 +77,7 @@ class Oracle:
         ids = self.tokenizer.encode(POLICY["prompt"].format(instruction=task))
         return [ids[0], *[IMAGE_TOKEN] * PATCHES, *ids[1:]]
 
-    def tokens(self, task: str, picture: Any, when: str | None = None, value: float = VALUE) -> list[int]:
+    def tokens(self, task: str, picture: Any, when: str | list[int] | None = None, value: float = VALUE) -> list[int]:
         pixels = self.images(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
         neurons = NEURONS if when else {}
         ids = torch.tensor([self.prompt(task)])
@@ -145,10 +152,52 @@ def test_neurons_set_in_the_policy_are_hugging_faces(robot: HttpRobot, oracle: O
     assert moved, "the edit moves no action, so this shows nothing"
 
 
-def test_image_tokens_alone(robot: HttpRobot) -> None:
-    edit = {**steering("all")["interventions"][0], "tokens": {"image": True}}
-    found = robot.act({"front": scene(1)}, TASKS[0], steering={"interventions": [edit]})
-    assert found.about["steering"]["interventions"][0]["tokens"] == PATCHES
+@pytest.mark.parametrize(
+    ("part", "edited"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"patches": [[1, 3]]}, [1, 2]),
+        ({"box": [30, 0, 40, 10]}, [1]),  # the picture is cut to the columns from 7.2 to 47.4, halves meet at 27.3
+        ({"box": [0, 0, 56, 12]}, [0, 1]),
+        ({"box": [26, 19.5, 27.2, 20.5]}, [0, 2]),
+        ({"box": [[30, 25, 40, 30], [8, 25, 9, 30]]}, [2, 3]),
+        ({"box": [26, 21, 28, 22], "patches": [[0, 1]]}, [0, 2, 3]),
+    ],
+)
+def test_image_tokens_and_parts_of_them(robot: HttpRobot, oracle: Oracle, part: Any, edited: list[int]) -> None:
+    """The picture's tokens follow the prompt's first; the second time its processed pixels come from vLLM's cache."""
+    picture, positions, moved = scene(11, 40, 56), [1 + token for token in edited], 0
+    asked = {**steering({"image": 0, **part}), "report": "tokens"}
+    for task in [*TASKS, TASKS[0]]:
+        found = robot.act({"front": picture}, task, steering=asked)
+        assert found.about["token_ids"] == oracle.tokens(task, picture, positions)
+        moved += found.about["token_ids"] != oracle.tokens(task, picture)
+        report = found.about["steering"]
+        assert report["interventions"][0]["tokens"] == len(edited)
+        (sequence,) = report["sequences"]
+        for layer in sequence["interventions"]:
+            sizes = zip(sequence["positions"], layer["relative_norms"], strict=True)
+            assert [position for position, size in sizes if size is not None] == positions
+    assert moved, "the edit moves no action, so this shows nothing"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "param", "says"),
+    [
+        ({"image": 1}, "image", "has 1"),
+        ({"image": [0, 2]}, "image[1]", "has 1"),
+        ({"image": 0, "patches": [[0, 2], [3, 5]]}, "patches[1]", "has 4 tokens"),
+        ({"image": 0, "box": [50, 0, 57, 9]}, "box", "56 × 40"),
+        ({"image": 0, "box": [[0, 0, 56, 40], [0, 0, 1, 41]]}, "box[1]", "56 × 40"),
+        ({"image": 0, "box": [0, 0, 7, 40]}, "box", "cuts off"),
+        ({"exclude": {"image": 1}}, "exclude.image", "has 1"),
+    ],
+)
+def test_parts_of_images_that_are_not_there(robot: HttpRobot, tokens: Any, param: str, says: str) -> None:
+    with pytest.raises(SteersmanError) as refused:
+        robot.act({"front": scene(11, 40, 56)}, TASKS[0], steering=steering(tokens))
+    assert (refused.value.status, refused.value.param) == (400, f"steering.interventions[0].tokens.{param}")
+    assert says in str(refused.value)
 
 
 def test_a_batch_of_robots_is_as_each_alone(server: Server, robot: HttpRobot) -> None:
@@ -177,6 +226,64 @@ def test_every_route_gives_the_same_actions(server: Server, robot: HttpRobot) ->
         np.testing.assert_array_equal(found.actions, wanted.actions)
         assert found.about["steering"]["plan"] == wanted.about["steering"]["plan"]
     assert server.http.get("/healthz").text == "OK\n"
+
+
+def test_the_conflict_of_an_answer_with_what_the_words_alone_say(server: Server, oracle: Oracle) -> None:
+    picture, words = Image.fromarray(scene(4)), "what is in the picture"
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": words}]
+    asked = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    with Steersman(server.url, api_key="key") as client:
+        found = measure(client, [{"role": "user", "content": parts}], model=server.model, **asked)
+    prompt, ids = found.response["prompt_token_ids"], list(found.token_ids)
+    assert (prompt.count(IMAGE_TOKEN), len(ids)) == (PATCHES, 8)
+    text = oracle.tokenizer.apply_chat_template(
+        [{"role": "user", "content": words}], tokenize=False, add_generation_prompt=True
+    )
+    plain = oracle.tokenizer.encode(text, add_special_tokens=False)
+    pixels = oracle.images(picture, return_tensors="pt")["pixel_values"]
+    told = {}
+    for name, first, given in (("with", prompt, {"pixel_values": pixels}), ("without", plain, {})):
+        with torch.no_grad():
+            logits = oracle.model(input_ids=torch.tensor([[*first, *ids]]), **given).logits[0]
+        told[name] = logits.double().log_softmax(-1)[len(first) - 1 : -1].gather(1, torch.tensor(ids)[:, None])[:, 0]
+    assert found.with_image == pytest.approx(told["with"].tolist(), abs=1e-3)
+    assert found.without == pytest.approx(told["without"].tolist(), abs=1e-3)
+    wanted = (told["with"].exp() + 1e-9).log() - (told["without"].exp() + 1e-9).log()
+    assert found.conflict == pytest.approx(wanted.tolist(), abs=2e-3)
+    assert max(map(abs, found.conflict)) > 0.1, "the picture makes no difference, so this shows nothing"
+
+
+class OneEye(Point):
+    """A point that sees itself: another place is another picture."""
+
+    instruction = TASKS[0]
+
+    def observe(self) -> Seen:
+        return Seen({"front": scene(int(1e6 * np.abs(self.at).sum()))}, self.at)
+
+
+def test_a_closed_loop_is_the_same_over_http_and_a_socket(server: Server, oracle: Oracle) -> None:
+    asked, runs = study.conditions(steering("all")), []
+    for url in (server.url, server.url.replace("http", "ws")):
+
+        def connect(steering: study.Steering | None, url: str = url) -> watchdog.Link:
+            return watchdog.link(url, steering=steering, api_key="key", timeout=120)
+
+        runs.append(study.run_all(OneEye(), connect, asked, range(2), Limits(6), 120))
+    edited = len(oracle.prompt(TASKS[0])) + CHUNK * DIMS - 1
+    for name in asked:
+        for one, other in zip(runs[0][name], runs[1][name], strict=True):
+            np.testing.assert_array_equal(one.positions, other.positions)
+            assert (one.answers, one.late) == (other.answers, other.late) == (6 // CHUNK, 0)
+            assert one.edited == other.edited == (name == study.STEERED) * edited * one.answers
+    unsteered, steered = (runs[0][name][0] for name in asked)
+    assert (unsteered.positions != steered.positions).any()
+    seen = scene(int(1e6 * np.abs(unsteered.positions[CHUNK]).sum()))  # at the second look
+    moved = 0.01 * decoded(oracle.tokens(TASKS[0], seen))[:, :3]
+    np.testing.assert_allclose(np.diff(unsteered.positions, axis=0)[CHUNK : 2 * CHUNK], moved, atol=1e-12)
 
 
 def test_keys_limits_and_refusals(server: Server, robot: HttpRobot) -> None:
@@ -214,3 +321,23 @@ def test_a_robot_that_vanishes_and_the_metrics(server: Server, robot: HttpRobot)
     text = server.rpc_stats()
     assert 'steersman_actions_total{outcome="ok",policy="bins"}' in text
     assert 'steersman_action_saturation_total{policy="bins"} 0.0' in text
+
+
+def test_captures_of_observations(server: Server, oracle: Oracle) -> None:
+    """The stream of the image's tokens and of the others is Hugging Face's, at every layer."""
+    picture = scene(21)
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    observation = {"images": [base64.b64encode(file.getvalue()).decode()], "instruction": TASKS[0]}
+    with Steersman(server.url, api_key="key") as client:
+        found = client.capture([{"observation": observation}], sites=["resid_pre"])
+        patches = client.capture([{"observation": observation}], sites=["resid_pre"], tokens={"image": True})
+    ids = oracle.prompt(TASKS[0])
+    assert found.about["prompts"][0]["token_ids"] == ids
+    assert patches.about["prompts"][0]["positions"] == [i for i, token in enumerate(ids) if token == IMAGE_TOKEN]
+    pixels = oracle.images(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        out = oracle.model(input_ids=torch.tensor([ids]), pixel_values=pixels, output_hidden_states=True)
+    for layer in found.about["sites"]["resid_pre"]:
+        rows = torch.from_numpy(found.rows("resid_pre", layer, 0).copy())
+        torch.testing.assert_close(rows, out.hidden_states[layer][0], rtol=1e-4, atol=1e-3)

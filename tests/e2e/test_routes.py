@@ -14,8 +14,10 @@ import pytest
 import torch
 from openai import BadRequestError, OpenAI
 
+from steersman.clients import conditions
 from steersman.clients.sdk import Steersman, SteersmanError
 from steersman.steering.assets import Asset, parse_metadata
+from steersman.steering.conditions import holds, scores
 from steersman.steering.formats import native
 from tests.e2e.server import Server, serve
 from tests.models.tiny import tiny_model
@@ -199,6 +201,25 @@ def test_a_dry_run_says_what_is_then_done(server: Server, selector: Any) -> None
     assert edited(done["steering"]) == [count]
     assert dry["plan"] == done["steering"]["plan"]
     assert dry["prompt_tokens"] == done["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("over", conditions.OVER)
+def test_a_condition_decides_as_it_was_fitted(server: Server, over: conditions.Over) -> None:
+    """What captures read and a bound says offline is what the gates of requests decide, prompt by prompt."""
+    client = admin(server)
+    prompts = [f"The {noun} has number {i * i}." for i in range(12) for noun in ("ship", "tree")]
+    examples = [conditions.Example(prompt, "ship" in prompt) for prompt in prompts]
+    found = conditions.fit(client, examples, [0, 1, 2], over=over)
+    ref = client.add(found.asset("about-ships", client.model()))["ref"]
+    try:
+        gated = {"interventions": [{**ADD, "layers": 2, "when": found.gate(ref)}]}
+        decided = conditions.decisions(client, prompts, gated)
+        read = conditions.states(client, prompts, [found.layer], "resid_post", over)
+        cosines = scores(read, found.condition.direction[None])[:, 0]
+        assert decided == holds(found.condition.bound, cosines).tolist()
+        assert 0 < sum(decided) < len(decided)
+    finally:
+        client.delete("about-ships")
 
 
 # -- the default profile ----------------------------------------------------------------------------

@@ -9,11 +9,16 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import torch
 
+from steersman.clients.sdk import Steersman
+from tests.e2e import captured
 from tests.e2e.server import Server, serve
 from tests.e2e.steered import (
     DEVELOPER,
@@ -28,6 +33,7 @@ from tests.e2e.steered import (
     random_assets,
     read,
     together,
+    upload,
 )
 from tests.models.tiny import tiny_model
 from tests.oracle.hf import Oracle
@@ -46,7 +52,8 @@ ADD = {"op": "add", "vector": "resid_post", "scale": 1.5, "layers": [1, 2]}
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Oracle]]:
     path = tiny_model("llama")
-    with serve(path, tmp_path_factory.mktemp("small"), OPTIONS, env=DEVELOPER) as server:
+    folder = tmp_path_factory.mktemp("small")
+    with serve(path, folder, OPTIONS, env={**DEVELOPER, "STEERSMAN_CAPTURES": str(folder / "captures")}) as server:
         oracle = Oracle(path, {})
         random_assets(oracle, server)
         yield server, oracle
@@ -141,6 +148,62 @@ def test_preempted_requests(served: tuple[Server, Oracle], whole: bool) -> None:
         assert alone.new == answer.new, f"{request.label}: other tokens than alone"
         if request.steering:
             assert alone.edited == answer.edited, f"{request.label}: other edited tokens than alone"
+
+
+# -- captures ---------------------------------------------------------------------------------------
+
+
+def test_captures_among_requests_that_are_preempted(served: tuple[Server, Oracle]) -> None:
+    """Prompts of several chunks, which wait for room, beside requests whose answers stay what they are."""
+    server, oracle = served
+    asked = crowd(oracle)[:4]
+    prompts = [prompt_of(length, 30) for length in (61, 16, 17, 120, 5)]
+    steering = {"interventions": [{**ADD, "tokens": {"ranges": [[3, 9], [15, 33]]}}]}
+    before = metric(server, "vllm:num_preemptions_total")
+    with ThreadPoolExecutor(3) as pool:
+        crowded = pool.submit(together, server, asked, whole=False)
+        time.sleep(0.3)  # the scheduler is paused
+        taken = [pool.submit(captured.capture, server, prompts, steering=s) for s in (None, steering)]
+        found, answers = [future.result() for future in taken], crowded.result()
+    assert metric(server, "vllm:num_preemptions_total") > before, "nothing was preempted, so this shows nothing"
+    for capture, edits in zip(found, (None, steering), strict=True):
+        captured.check(oracle, capture, edits, "steered" if edits else "bare")
+    for request, answer in zip(asked, answers, strict=True):
+        agree(answer, oracle, request.steering, request.label)
+    assert not np.array_equal(found[0].rows("resid_post", 3, 0), found[1].rows("resid_post", 3, 0))
+
+
+def test_a_patched_stream_goes_on_as_its_source(served: tuple[Server, Oracle]) -> None:
+    """With all of a prompt's stream replaced at one layer, the model says what it says after the other prompt."""
+    server, oracle = served
+    source, prompt = prompt_of(37, 40), prompt_of(37, 41)
+    with Steersman(server.url) as client:
+        kept = client.keep_capture([source], layers=[1])
+        steering = {"interventions": [{"op": "patch", "capture": kept["id"]}]}
+        answer = ask(server, prompt, steering, 1)
+        client.forget_capture(kept["id"])
+    wanted = oracle.logprobs(source, None, len(source))
+    assert distance(answer.logprobs, wanted) < 1e-3
+    assert distance(oracle.logprobs(prompt, None, len(prompt)), wanted) > 0.1
+    assert [step["tokens"] for step in answer.body["steering"]["interventions"]] == [1] * len(source)
+
+
+def test_features_that_are_active_on_a_text(served: tuple[Server, Oracle]) -> None:
+    server, oracle = served
+    chance = torch.Generator().manual_seed(5)
+    encoder = torch.randn(40, 64, generator=chance)
+    tensors = {"encoder": encoder, "decoder": encoder, "b_enc": torch.zeros(40), "b_dec": torch.zeros(64)}
+    model = {"id": server.http.get("/v1/steering/model").json()["model"], "n_layers": 4, "d_model": 64}
+    about = {"name": "sae", "kind": "dictionary", "architecture": "standard", "layer": 2, "model": model}
+    upload(server, about, tensors)
+    found = server.http.get("/v1/steering/assets/sae/features", params={"active_on": "The ship.", "limit": 5}).json()
+    ids = [token["id"] for token in found["tokens"]]
+    assert "".join(token["token"] for token in found["tokens"]).endswith("The ship.")
+    values = (oracle.capture(ids, [(2, "resid_post")], prompt_len=len(ids))[2, "resid_post"] @ encoder.T).relu()
+    for token, row in zip(found["tokens"], values, strict=True):
+        strongest = row.topk(5)
+        assert [one["index"] for one in token["features"]] == strongest.indices.tolist()
+        assert [one["activation"] for one in token["features"]] == pytest.approx(strongest.values.tolist(), rel=1e-3)
 
 
 # -- several sequences ------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e import checks
+from tests.e2e import captured, checks
 from tests.e2e.checks import PROMPT, check
 from tests.e2e.server import Server, serve
 from tests.e2e.steered import WIDE, agree, ask, matters
@@ -58,6 +58,14 @@ def test_lists_of_edits(served: tuple[Server, Oracle], site: str) -> None:
     check(server, oracle, {"interventions": every}, f"{site}: one after another")
     check(server, oracle, {"interventions": [*reversed(every), *units]}, f"{site}: backwards, and single units")
     check(server, oracle, {"interventions": [units[0], every[1], units[-1]]}, f"{site}: units around a relative add")
+
+
+def test_captures(served: tuple[Server, Oracle]) -> None:
+    """What the ranks hold a part of each is put together."""
+    server, oracle = served
+    captured.everywhere(server, oracle, [PROMPT, PROMPT[:3]])
+    edit = {"op": "ablate", "vector": "attn_z", "layers": [1, 2], "tokens": {"positions": [1, -1]}}
+    captured.everywhere(server, oracle, [PROMPT[:7]], {"interventions": [edit]})
 
 
 @pytest.mark.parametrize("unit", range(4))

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 
 from steersman.clients.robot import HttpRobot
+from steersman.steering.assets import Asset, parse_metadata
+from steersman.steering.store import Store
 from tests.e2e.server import Server, serve
 from tests.e2e.steered import upload
-from tests.models.tiny_llava import SIZE, build_llava, without_torchvision
+from tests.models.tiny_llava import IMAGE, PATCHES, SIZE, build_llava, without_torchvision
 
 LIMIT = 0.5  # of the relative norm
 WATCHED = "mood"
@@ -30,10 +32,12 @@ DAMAGED = "torn"
 VECTORS = ("calm", "bold", "even", "sometimes", "always", "never", WATCHED, "truth", DAMAGED)
 THRESHOLDS = {WATCHED: 2.0}
 """By probe, of a Prometheus: one that many of its readings exceed."""
+DETECTOR, BASELINE = "odd", "usual"
 OPTIONS = [
     "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "16", "--steering-monitor-sample", "1",
     "--steering-monitor-interval", "0.5", "--steering-max-relative-norm", str(LIMIT),
     "--steering-monitor-probes", WATCHED, "--steering-max-action-delta", "0.05",
+    "--steering-norm-baseline", BASELINE, "--steering-detector", DETECTOR,
 ]  # fmt: skip
 PERIOD = 90.0  # seconds in which the traffic swells and ebbs
 GATES = {
@@ -46,7 +50,10 @@ GATES = {
 @contextmanager
 def serving(tmp: Path) -> Iterator[Server]:
     """The policy behind the real server, with vectors in its store, one of them damaged; no request has come yet."""
-    with serve(build_llava(tmp / "llava"), tmp, OPTIONS, without_torchvision(tmp / "site")) as server:
+    folder = build_llava(tmp / "llava")
+    for asset in what_is_usual(folder):
+        Store(tmp / "store").add(asset)
+    with serve(folder, tmp, OPTIONS, without_torchvision(tmp / "site")) as server:
         model = server.http.get("/v1/steering/model").json()
         about = {"id": model["model"], "n_layers": model["n_layers"], "d_model": model["d_model"]}
         layers = list(range(model["n_layers"]))
@@ -59,6 +66,47 @@ def serving(tmp: Path) -> Iterator[Server]:
         content[-1] ^= 1
         damaged.write_bytes(content)
         yield server
+
+
+@torch.no_grad()
+def what_is_usual(folder: Path) -> list[Asset]:
+    """A baseline and a detector, by Hugging Face's model. Unusual is a mean norm at layer 2 as ``bold`` makes it."""
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    layers, chance = model.model.language_model.layers, random.Random(2)
+    logs: list[list[torch.Tensor]] = [[] for _ in layers]
+    for layer, own in zip(layers, logs, strict=True):
+        layer.register_forward_hook(lambda _, __, out, own=own: own.append(_stream(out).norm(dim=-1).log().flatten()))
+    for seed in range(20):
+        pixels = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+        ids = [1, *[IMAGE] * PATCHES, *(chance.randrange(8, 500) for _ in range(60))]
+        model(input_ids=torch.tensor([ids]), pixel_values=pixels)
+    seen = [torch.cat(own) for own in logs]
+    about = {"id": folder.name, "n_layers": len(layers), "d_model": model.config.text_config.hidden_size}
+    baseline = {
+        "counts": [len(x) for x in seen],
+        "mean": [float(x.mean()) for x in seen],
+        "deviation": [float(x.std()) for x in seen],
+    }
+    norms = seen[2].exp()
+    detector = {
+        "features": ["norm:2.mean", "answer_entropy.mean", "evidence_entropy.mean"],
+        "center": [float(norms.mean()), 3.0, 0.3],
+        "spread": [float(norms.std()) / 2, 100.0, 100.0],
+        "weights": [1.0],
+        "means": [[0.0] * 3],
+        "covariance": "diag",
+        "covariances": [[1.0] * 3],
+        "threshold": 1.5 * math.log(2 * math.pi) + 2.5**2 / 2,  # 2.5 deviations
+    }
+    made = ((BASELINE, "baseline", baseline), (DETECTOR, "detector", detector))
+    return [Asset(parse_metadata({"name": n, "kind": kind, "model": about, **fields})) for n, kind, fields in made]
+
+
+def _stream(out: Any) -> torch.Tensor:
+    found: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return found
 
 
 @contextmanager

@@ -3,13 +3,16 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from steersman.kernels.program import Program
 from steersman.kernels.reference import edit as reference
 from steersman.kernels.tables import NONE, Tables
+from steersman.steering import lower
 from tests.kernels.programs import gates_of, vector
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -151,3 +154,44 @@ def deal(programs: Sequence[Program], n: int, seed: int) -> list[Program | None]
     dealt = hands[:n] + [rng.choice(hands) for _ in range(n - len(hands))]
     rng.shuffle(dealt)
     return dealt
+
+
+def check_bad_calls(edit: Edit, edit_and_norm: Edit, device: str) -> dict[str, Any]:
+    """What does not fit is named before anything is launched, and x stays as it is; the arguments of a good call."""
+    program = Program((lower.add(0, torch.ones(8), 1.0, False, gate=2),), 8)
+    tables, entries = fill(device, [program] * 4)
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+
+    x, gates = zeros(4, 8), zeros(4, 3) + 1
+    good = {"x": x, "residual": None, "entries": entries, "tables": tables, "place": PLACE, "gates": gates}
+
+    def bad(match: str, error: type[Exception] = ValueError, **changed: object) -> None:
+        with pytest.raises(error, match=match):
+            edit(**{**good, **changed})
+
+    for own in (zeros(4, 8, dtype=torch.float64), zeros(8), zeros(4, 0)):
+        bad("x is", x=own)
+    bad("x has strides", x=zeros(8, 4).T)
+    bad("x is written, and its rows overlap", x=zeros(1, 8).expand(4, 8))
+    bad(f"entries on {entries.device}, x on meta", x=torch.zeros(4, 8, device="meta"))
+    for residual in (zeros(3, 8), zeros(8, 4).T, zeros(4, 8, dtype=torch.float16)):
+        bad("residual", residual=residual)
+    for wrong in (entries[:3], entries.long(), torch.stack([entries, entries], 1)[:, 0]):
+        bad("entries is", entries=wrong)
+    for place in (-1, PLACES):
+        bad(f"only 0 to {PLACES - 1}", IndexError, place=place)
+    bad("gates must be given", gates=None)
+    for wrong in (gates[:, :2], gates[:3], gates.double(), (zeros(3, 4) + 1).T):
+        bad("gates is", gates=wrong)
+    bad("norms is", norms=zeros(4, 0))
+    bad("squares is", squares=zeros(3))
+    rest = (1e-6, entries, tables, PLACE, gates)
+    for weight in (zeros(7), zeros(8, dtype=torch.float16)):
+        with pytest.raises(ValueError, match="weight is"):
+            edit_and_norm(x, zeros(4, 8), weight, *rest)
+    with pytest.raises(ValueError, match="residual is written, and its rows overlap"):
+        edit_and_norm(x, zeros(1, 8).expand(4, 8), None, *rest)
+    assert not x.any()
+    return good

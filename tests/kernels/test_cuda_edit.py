@@ -16,7 +16,18 @@ from steersman.kernels.program import Block, Program, Rows
 from steersman.kernels.tables import MAX_ROWS, Tables
 from steersman.steering import lower
 from tests.kernels.cuda_emulator import Emulator, compiler
-from tests.kernels.device_checks import DTYPES, HALF_STEP, PLACE, SMALLEST, SUMS, Batch, bits, deal, fill
+from tests.kernels.device_checks import (
+    DTYPES,
+    HALF_STEP,
+    PLACE,
+    SMALLEST,
+    SUMS,
+    Batch,
+    bits,
+    check_bad_calls,
+    deal,
+    fill,
+)
 from tests.kernels.programs import COLUMNAR, CONSTANT, N_GATES, draw, gates_of, ops, vector
 
 SOME = [Program((), 72), *(draw(72, seed) for seed in range(4)), draw(72, 6, COLUMNAR), draw(72, 7, CONSTANT)]
@@ -332,44 +343,11 @@ def test_a_captured_graph_is_right_for_later_plans(device: str) -> None:
 
 
 def test_bad_calls_edit_nothing(device: str) -> None:
-    program = Program((lower.add(0, torch.ones(8), 1.0, False, gate=2),), 8)
-    tables, entries = fill(device, [program] * 4)
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(*shape, dtype=dtype, device=device)
-
-    x, gates = zeros(4, 8), zeros(4, 3) + 1
-    for bad in (zeros(4, 8, dtype=torch.float64), zeros(8, 4).T, zeros(8), zeros(1, 8).expand(4, 8), zeros(4, 0)):
-        with pytest.raises(ValueError, match="x "):
-            edit(bad, None, entries, tables, PLACE, gates)
-    for residual in (zeros(3, 8), zeros(8, 4).T, zeros(4, 8, dtype=torch.float16)):
-        with pytest.raises(ValueError, match="residual"):
-            edit(x, residual, entries, tables, PLACE, gates)
-    for wrong in (entries[:3], entries.long(), torch.stack([entries, entries], 1)[:, 0]):
-        with pytest.raises(ValueError, match="entries"):
-            edit(x, None, wrong, tables, PLACE, gates)
-    for place in (-1, 3):
-        with pytest.raises(IndexError, match="0 to 2"):
-            edit(x, None, entries, tables, place, gates)
-    with pytest.raises(ValueError, match="gates must be given"):
-        edit(x, None, entries, tables, PLACE)
-    for wrong in (gates[:, :2], gates[:3], gates.double(), (zeros(3, 4) + 1).T):
-        with pytest.raises(ValueError, match="gates"):
-            edit(x, None, entries, tables, PLACE, wrong)
-    with pytest.raises(ValueError, match="norms"):
-        edit(x, None, entries, tables, PLACE, gates, zeros(4, 0))
-    with pytest.raises(ValueError, match="squares"):
-        edit(x, None, entries, tables, PLACE, gates, None, zeros(3))
-    for weight in (zeros(7), zeros(8, dtype=torch.float16)):
-        with pytest.raises(ValueError, match="weight"):
-            edit_and_norm(x, zeros(4, 8), weight, 1e-6, entries, tables, PLACE, gates)
-    with pytest.raises(ValueError, match="residual"):
-        edit_and_norm(x, zeros(1, 8).expand(4, 8), None, 1e-6, entries, tables, PLACE, gates)
+    good = check_bad_calls(edit, edit_and_norm, device)
     with pytest.raises(ValueError, match="up to"):
-        edit(zeros(1, 2**17), None, entries, tables, PLACE, gates)
-    assert not x.any()
-    edit(x, None, entries, tables, PLACE, gates)
-    assert x.all()
+        edit(**{**good, "x": torch.zeros(1, 2**17, device=device)})
+    edit(**good)
+    assert good["x"].all()
 
 
 def test_the_kernel_needs_a_gpu() -> None:

@@ -20,7 +20,19 @@ from steersman.kernels.program import Block, Program, Rows
 from steersman.kernels.tables import MAX_ROWS, Tables
 from steersman.kernels.triton_edit import edit, edit_and_norm, prepare, shape
 from steersman.steering import lower
-from tests.kernels.device_checks import DTYPES, HALF_STEP, PLACE, POISON, SMALLEST, SUMS, Batch, bits, deal, fill
+from tests.kernels.device_checks import (
+    DTYPES,
+    HALF_STEP,
+    PLACE,
+    POISON,
+    SMALLEST,
+    SUMS,
+    Batch,
+    bits,
+    check_bad_calls,
+    deal,
+    fill,
+)
 from tests.kernels.programs import COLUMNAR, CONSTANT, N_GATES, draw, ops, vector
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -305,33 +317,7 @@ def test_an_entry_that_comes_to_mean_another_plan(device: str) -> None:
 
 
 def test_bad_calls_edit_nothing() -> None:
-    program = Program((lower.add(0, torch.ones(8), 1.0, False, gate=2),), 8)
-    tables, entries = fill("cpu", [program] * 4)
-    x, gates = torch.zeros(4, 8), torch.ones(4, 3)
-
-    def bad(match: str, error: type[Exception] = ValueError, **changed: object) -> None:
-        given = {"x": x, "residual": None, "entries": entries, "tables": tables, "place": PLACE, "gates": gates}
-        with pytest.raises(error, match=match):
-            edit(**{**given, **changed})  # type: ignore[arg-type]
-
-    bad("x is", x=torch.zeros(4, 8, dtype=torch.float64))
-    bad("x is", x=torch.zeros(4, 0))
-    bad("x has strides", x=torch.zeros(8, 4).T)
-    for residual in (torch.zeros(3, 8), torch.zeros(8, 4).T, torch.zeros(4, 8).half()):
-        bad("residual", residual=residual)
-    for wrong in (entries[:3], entries.long(), torch.stack([entries, entries], 1)[:, 0]):
-        bad("entries", entries=wrong)
-    for place in (-1, 3):
-        bad("only 0 to 2", IndexError, place=place)
-    bad("gates must be given", gates=None)
-    for wrong in (torch.ones(4, 2), torch.ones(3, 3), torch.ones(4, 3).double(), torch.ones(3, 4).T):
-        bad("gates is", gates=wrong)
-    bad("norms is", norms=torch.zeros(4, 0))
-    bad("squares is", squares=torch.zeros(3))
-    bad("entries on cpu, x on meta", x=torch.zeros(4, 8, device="meta"))
-    with pytest.raises(ValueError, match="weight"):
-        edit_and_norm(x, torch.zeros(4, 8), torch.ones(7), 1e-6, entries, tables, PLACE, gates)
-    assert not x.any()
+    check_bad_calls(edit, edit_and_norm, "cpu")
 
 
 @needs_triton

@@ -123,20 +123,32 @@ def without_torchvision(folder: Path) -> dict[str, str]:
 
 @torch.no_grad()
 def greedy(
-    model: Any, ids: torch.Tensor, pixels: torch.Tensor, n: int, neurons: dict[int, list[int]], value: float, when: str
+    model: Any,
+    ids: torch.Tensor,
+    pixels: torch.Tensor,
+    n: int,
+    neurons: dict[int, list[int]],
+    value: float,
+    when: str | list[int],
 ) -> list[int]:
     """``n`` greedy tokens of Hugging Face's model with neurons set by plain hooks.
 
-    ``ids`` [1, prompt] with the image's tokens, ``pixels`` [1, 3, 28, 28], ``neurons`` by layer, ``when``: all, prompt
-    or generated.
+    ``ids`` [1, prompt] with the image's tokens, ``pixels`` [1, 3, 28, 28], ``neurons`` by layer, ``when``: all, prompt,
+    generated, or positions in the prompt.
     """
-    passes = {"prompt": True, "generated": False}
+
+    def chosen(length: int) -> slice | list[int]:
+        """Of the tokens of a pass; the first pass has the prompt, each other one token."""
+        if isinstance(when, list):
+            return when if length > 1 else []
+        return slice(None) if when == "all" or (when == "prompt") == (length > 1) else []
 
     def hook(columns: list[int]) -> Any:
         def change(module: Any, inputs: tuple[torch.Tensor]) -> Any:
             x = inputs[0].clone()
-            if when == "all" or passes[when] == (x.shape[1] > 1):
-                x[..., columns] = value
+            edited = x[:, chosen(x.shape[1])]
+            edited[..., columns] = value
+            x[:, chosen(x.shape[1])] = edited
             return (x, *inputs[1:])
 
         return change

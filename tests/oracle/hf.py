@@ -81,6 +81,7 @@ class Edit:
     op: ops.Op
     tokens: Any
     gate: Gate | None
+    earlier: tuple[tuple[float, Place], ...] = ()  # of inject: the rates and places of what it adds
 
 
 class Oracle:
@@ -173,6 +174,8 @@ class Oracle:
         op = spec["op"]
         if op not in OP_FIELDS:
             raise NotImplementedError(f"the oracle has no op {op!r}")
+        if op == "inject":
+            return self._injections_of(spec)
         known(spec, COMMON_FIELDS | OP_FIELDS[op], op)
         kind = {"neurons": "neurons", "affine": "affine", "feature": "dictionary"}.get(op, "vector")
         asset = self.asset(spec[kind], kind) if kind in spec else AssetData("vector", "attn_z")
@@ -195,6 +198,32 @@ class Oracle:
             if spec.get("preserve_norm"):
                 act = partial(ops.preserving_norm, op=act)
             edits.append(Edit(place, act, spec.get("tokens", asset.tokens), gate))
+        return edits
+
+    def _injections_of(self, spec: Mapping[str, Any]) -> list[Edit]:
+        """Same-pass injection: one edit for each target of attention and of the MLP, sources before it or not."""
+        known(spec, (COMMON_FIELDS | OP_FIELDS["inject"]) - {"site", "preserve_norm"}, "inject")
+        if isinstance(spec["recipe"], str):
+            asset = self.asset(spec["recipe"], "recipe")
+        else:
+            asset = AssetData("recipe", recipe=spec["recipe"]["inline"])
+        recipe, tokens = asset.recipe, spec.get("tokens", {"generated": True, "last": 1})
+        scale = spec.get("scale", 1.0 if asset.scale is None else asset.scale)
+        gate = self._gate(spec["when"]) if "when" in spec else None
+        every = {layer for targets in recipe["targets"].values() for layer in targets}
+        named = set(named_layers(spec.get("layers"), every))
+        edits = []
+        for part, site, strength in (("attn", "attn_out", "lambda_a"), ("mlp", "mlp_out", "lambda_m")):
+            index = SITES.index(site)
+            for layer in named & set(recipe["targets"].get(part, ())):
+                before = [k for k in recipe["sources"].get(part, ()) if k < layer]
+                if not before:
+                    continue
+                if gate is not None and gate.over == "token" and gate.place >= (layer, index):
+                    raise ValueError(f"a token gate at {gate.place} cannot rule an edit at {(layer, index)}")
+                earlier = tuple((recipe[f"rr_{part}"][k], (k, index)) for k in before)
+                act = partial(ops.inject, strength=scale * recipe[strength])
+                edits.append(Edit((layer, index), act, tokens, gate, earlier))
         return edits
 
     def _op(self, spec: Mapping[str, Any], asset: AssetData, layer: int, indices: list[int]) -> ops.Op:
@@ -305,11 +334,15 @@ class Oracle:
         edited: bool,
     ) -> Tensor:
         gates = {id(edit.gate): edit.gate for edit in edits if edit.gate}.values()
+        raw: dict[Place, Tensor] = {}  # what layers put out before any edit there, as far as injections need it
+        wanted = {place for edit in edits for _, place in edit.earlier}
 
         def at(layer: int, site: str, x: Tensor) -> Tensor:
             """What becomes of the activation x [1, T, width] at one place."""
             place, x = (layer, SITES.index(site)), x[0]
             before = x
+            if place in wanted:
+                raw[place] = x.clone()
             for gate in gates:
                 if gate.place == place:
                     gate.see(x, prompt_len)
@@ -318,7 +351,12 @@ class Oracle:
                     mask = select(edit.tokens, token_ids, prompt_len, context)
                     if edit.gate:
                         mask = mask & edit.gate.mask(place, len(token_ids), prompt_len)
-                    x = torch.where(mask[:, None], edit.op(x), x)
+                    op = (
+                        partial(edit.op, earlier=[(rate, raw[k]) for rate, k in edit.earlier])
+                        if edit.earlier
+                        else edit.op
+                    )
+                    x = torch.where(mask[:, None], op(x), x)
             if place in seen:
                 seen[place] = (x if edited else before).clone()
             return x[None]

@@ -4,7 +4,7 @@ x is [T, width]; every function returns x' of the same shape, for all T tokens: 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -57,8 +57,12 @@ def rotate(x: Tensor, v: Tensor, toward: Tensor, degrees: float) -> Tensor:
 
 
 def activations(x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
-    """[T, m] of a dictionary with W_enc [d, m], b_enc, b_dec, threshold [m]: a JumpReLU SAE's own encode."""
+    """[T, m] of a dictionary with W_enc [d, m], b_enc, b_dec: the encode of a JumpReLU SAE with threshold [m], or,
+    where there is k, of a TopK one."""
     pre = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
+    if "k" in p:
+        rank = pre.argsort(dim=-1, descending=True).argsort(dim=-1)
+        return pre.relu() * (rank < p["k"])
     return pre.relu() * (pre > p["threshold"])
 
 
@@ -96,6 +100,17 @@ def heads(x: Tensor, heads: list[int], n_heads: int, factor: float | None, v: Te
 def affine(x: Tensor, p: Mapping[str, Tensor], strength: float) -> Tensor:
     """x + strength·Rᵀ(Ax + b − Rx)."""
     return x + strength * (x @ p["A"].float().T + p["b"].float() - x @ p["R"].float().T) @ p["R"].float()
+
+
+def inject(x: Tensor, earlier: Sequence[tuple[float, Tensor]], strength: float) -> Tensor:
+    """ã = x + strength·Σ rate·x_k, rescaled to ‖x‖, token by token; `earlier`: the rate and output of each layer k."""
+    if not earlier:
+        return x
+    rows = []
+    for t, a in enumerate(x):
+        moved = a + strength * sum(rate * outputs[t] for rate, outputs in earlier)
+        rows.append(moved * (a.norm() / moved.norm()) if moved.norm() > 0 else moved)
+    return torch.stack(rows)
 
 
 def preserving_norm(x: Tensor, op: Op) -> Tensor:

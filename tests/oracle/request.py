@@ -17,14 +17,15 @@ Place = tuple[int, int]  # (layer, index into SITES)
 class AssetData:
     """What the oracle needs to know of an asset; a field that does not belong to the kind stays empty."""
 
-    kind: str  # "vector", "neurons", "affine" or "dictionary"
+    kind: str  # "vector", "neurons", "affine", "dictionary" or "recipe"
     site: str = "resid_post"
     # vector: layer -> [d], or [k, d] spanning a subspace, or for `heads` [n_heads·d_head] or [n_heads, d_head]
     # affine: layer -> {"R": [r, d], "A": [r, d], "b": [r]}
     # dictionary: layer -> {"W_enc": [d, m], "W_dec": [m, d], "b_enc": [m], "b_dec": [d], "threshold": [m]}
     layers: Mapping[int, Any] = field(default_factory=dict)
     neurons: Sequence[Sequence[int]] = ()  # neurons: (layer, index) pairs
-    scale: float | None = None  # recommended scale of `add` and `heads`
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # recipe: rr_attn, rr_mlp, sources, targets and lambdas
+    scale: float | None = None  # recommended scale of `add`, `heads` and `inject`
     tokens: Any = "all"  # default token selection
 
 
@@ -48,6 +49,7 @@ OP_FIELDS = {
     "neurons": {"neurons", "mode", "value"},
     "heads": {"heads", "factor", "vector", "scale"},
     "affine": {"affine", "strength"},
+    "inject": {"recipe", "scale"},
 }
 TOKEN_FIELDS = {"prompt", "generated", "positions", "ranges", "last", "image", "text", "token_ids", "roles", "exclude"}
 GATE_FIELDS = {"vector", "dictionary", "index", "layer", "site", "measure", "above", "below", "over", "hold"}

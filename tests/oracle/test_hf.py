@@ -253,6 +253,35 @@ def test_heads_and_neurons(name: str) -> None:
             assert torch.equal(b[:, :5], a[:, :5])
 
 
+RECIPE: dict[str, Any] = {
+    "rr_attn": [0.5, 0.9, 0.2, 0.1], "rr_mlp": [0.1, 0.7, 0.4, 0.3], "lambda_a": 2.0, "lambda_m": 1.5,
+    "sources": {"attn": [0, 1], "mlp": [1, 2]}, "targets": {"attn": [1, 2, 3], "mlp": [0, 1, 3]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_injection(name: str) -> None:
+    """Last prompt token and generated ones; norms stay; nothing where no source comes before."""
+    o = oracle(name)
+    where = [(layer, site) for layer in LAYERS for site in ("attn_out", "mlp_out")]
+    spec = {"op": "inject", "recipe": {"inline": RECIPE}}
+    before, after = (
+        o.capture(IDS, where, {"interventions": [spec]}, PROMPT, edited=edited) for edited in (False, True)
+    )
+    for layer, site in where:
+        x, y = before[layer, site], after[layer, site]
+        moved = (x != y).any(-1).nonzero().flatten().tolist()
+        receives = (site, layer) in {("attn_out", 1), ("attn_out", 2), ("attn_out", 3), ("mlp_out", 3)}
+        assert moved == ([6, 7, 8, 9] if receives else []), (layer, site)
+        assert torch.allclose(x.norm(dim=-1), y.norm(dim=-1), rtol=1e-5)
+    a, raw = after[2, "attn_out"], [before[layer, "attn_out"] for layer in (0, 1, 2)]
+    wanted = raw[2] + 2.0 * (0.5 * raw[0] + 0.9 * raw[1])
+    wanted = wanted * (raw[2].norm(dim=-1) / wanted.norm(dim=-1))[:, None]
+    assert close(a[6:], wanted[6:], 1e-5)
+    assert differs(run(name, spec), baseline(name))
+    assert close(run(name, {**spec, "scale": 0.0}), baseline(name), 1e-5)
+
+
 # Tokens, gates, fields: one model is enough
 
 
@@ -382,7 +411,7 @@ def test_fields() -> None:
         with pytest.raises(ValueError):
             run("llama", spec)
     with pytest.raises(NotImplementedError):
-        run("llama", {"op": "inject", "recipe": "r"})
+        run("llama", {"op": "graft", "vector": "two"})
     with pytest.raises(ValueError, match="no resid_mid"):
         oracle("gpt_neox").capture(IDS, [(0, "resid_mid")])
     assert math.isclose(float(by_default.exp().sum(-1).mean()), 1, rel_tol=1e-4)

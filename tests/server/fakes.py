@@ -77,6 +77,7 @@ def raw_report(plan: Plan, **changes: Any) -> dict[str, Any]:
         "probes": [],
         "over": [],
         "tokens": [],
+        "signals": {},
         **changes,
     }
 

@@ -10,6 +10,8 @@ from unittest.mock import patch
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from steersman.clients.sdk import Steersman
 from steersman.server import cli
@@ -178,6 +180,31 @@ def test_list_show_rm_verify(assets: Callable[..., tuple[int, str, str]], tmp_pa
     code, out, _ = assets("verify", "kept")
     assert code == 1
     assert "damaged" in out
+
+
+def test_verify_looks_at_directions_beside_the_weights(
+    assets: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """A direction that W_down cannot see is warned of, and is no failure."""
+    width, down = 32, [noise(D, 32, seed=layer) for layer in range(4)]
+    model = {f"model.layers.{i}.mlp.down_proj.weight": weight for i, weight in enumerate(down)}
+    (tmp_path / "model").mkdir()
+    save_file({"model.embed_tokens.weight": noise(11, D), **model}, tmp_path / "model/model.safetensors")
+    (tmp_path / "model/config.json").write_text('{"model_type": "llama"}')
+    store, drawn = Store(tmp_path / "store"), noise(width)
+    null = drawn - torch.linalg.pinv(down[1]) @ (down[1] @ drawn)
+    unseen = store.add(vector("unseen", null[None], [1], site="mlp_post"))
+    seen = store.add(vector("seen", down[1][:1].clone(), [1], site="mlp_post"))
+    stream = store.add(vector("stream", noise(1, D), [1]))
+    code, out, _ = assets("verify", "--weights", str(tmp_path / "model"))
+    told = {line.split(": ", 1)[0]: line.split(": ", 1)[1] for line in out.splitlines() if not line.endswith(": ok")}
+    assert code == 0
+    assert told[unseen].startswith("warning: layer 1: 1.000 of its length lies where the next map reads nothing")
+    assert told[seen] == "W_down reads its directions as well as random ones"
+    assert told[stream].startswith("not compared with the weights")
+    code, _, err = assets("verify", "--weights", str(tmp_path))
+    assert code == 1
+    assert "no model's folder" in err
 
 
 def test_what_fails_is_one_line(assets: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

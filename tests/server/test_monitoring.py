@@ -16,10 +16,14 @@ from steersman.server.engine.monitor import OTHER, Monitor
 from steersman.server.engine.runtime import Scheduled
 from steersman.server.live.feed import Feed
 from steersman.server.monitoring import MAX_NAMES, LayerMetrics, Monitoring
+from steersman.steering.assets import Asset, parse_metadata
+from steersman.steering.errors import AssetKindMismatch, ModelMismatch
 from steersman.steering.plan import Plan
 from steersman.steering.sites import Site
 from tests.server.fakes import frontend
-from tests.steering.library import WIDTHS, D, noise, vector
+from tests.steering.library import REF, WIDTHS, D, asset, noise, vector
+
+USUAL = asset("usual", "baseline", counts=[1000] * 4, mean=[0.5, 1.0, 1.5, 2.0], deviation=[0.1] * 4)
 
 
 def counts(bounds: tuple[float, ...], **at: int) -> list[int]:
@@ -193,6 +197,57 @@ def test_what_is_watched_follows_the_store_and_the_workers(
     assert len(said) == 2
     assert "no asset" in said[0]
     assert "of mlp_post" in said[1]
+
+
+def test_workers_know_the_baseline_before_they_are_read(tmp_path: Path, metrics: LayerMetrics) -> None:
+    """And those that come later, too."""
+    told: list[str] = []
+    workers = ["a"]
+
+    async def rpc(method: str, *args: Any) -> list[Any]:
+        told.append(method)
+        if method == "steersman_baseline":
+            assert args == ([0.5, 1.0, 1.5, 2.0], [0.1] * 4)
+            return [None]
+        return [answer(w, number=len(told)) for w in workers]
+
+    async def run() -> None:
+        made = monitoring(tmp_path, metrics, rpc)
+        made.frontend.store.add(USUAL)
+        made.baseline = made.frontend.resolver.library.baseline("usual")
+        await made.tell_baseline()
+        for _ in range(3):
+            await made.read()
+        workers.append("b")
+        for _ in range(3):
+            await made.read()
+
+    asyncio.run(run())
+    baseline, statistics = "steersman_baseline", "steersman_statistics"
+    assert told == [
+        baseline, statistics,  # whose answers come from a worker that may have started since
+        baseline, statistics, statistics,
+        statistics, baseline, statistics, statistics,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_layers": 5}, "this server runs"),
+        ({"id": "org/Other"}, "was made for org/Other"),
+    ],
+)
+def test_a_baseline_of_another_model_is_none(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    made = frontend(tmp_path)
+    n = changes.get("n_layers", 4)
+    numbers = {"counts": [1000] * n, "mean": [1.0] * n, "deviation": [1.0] * n}
+    made.store.add(Asset(parse_metadata({"name": "odd", "kind": "baseline", "model": {**REF, **changes}, **numbers})))
+    with pytest.raises(ModelMismatch, match=message):
+        made.resolver.library.baseline("odd")
+    made.store.add(vector("direction", noise(1, D), [1]))
+    with pytest.raises(AssetKindMismatch, match="wanted: baseline"):
+        made.resolver.library.baseline("direction")
 
 
 def test_workers_of_an_idle_server_are_left_alone(tmp_path: Path, metrics: LayerMetrics) -> None:

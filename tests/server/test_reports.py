@@ -128,14 +128,14 @@ def test_a_stage_that_lacks_the_plan_makes_the_error_the_sequences() -> None:
 # -- token by token -------------------------------------------------------------------------------------
 
 
-def told(positions: list[int], columns: list[list[int]], values: list[list[Any]]) -> dict[str, Any]:
+def told(positions: list[int], columns: list[list[Any]], values: list[list[Any]]) -> dict[str, Any]:
     return {"positions": positions, "columns": columns, "values": values}
 
 
 def test_every_token_of_every_sequence() -> None:
     """Of two sequences, the first of which is on two pipeline stages."""
     plan = plan_of(ADD, probes=[PROBE, {**PROBE, "layers": [1]}])
-    edits = [[0, 1], [0, 2]]
+    edits = [[0, 1, "resid_post"], [0, 2, "resid_post"]]
     first = raw_report(plan, tokens=[{
         "probes": told([4, 5], [[1, 1]], [[0.5], [0.25]]), "edits": told([4, 5], edits, [[0.1, None], [None, None]]),
     }])  # fmt: skip
@@ -155,8 +155,8 @@ def test_every_token_of_every_sequence() -> None:
                 {"index": 1, "asset": "inline", "layer": 1, "values": [0.5, 0.25]},
             ],
             "interventions": [
-                {"index": 0, "layer": 1, "relative_norms": [0.1, None]},
-                {"index": 0, "layer": 2, "relative_norms": [0.2, 0.3]},
+                {"index": 0, "layer": 1, "site": "resid_post", "relative_norms": [0.1, None]},
+                {"index": 0, "layer": 2, "site": "resid_post", "relative_norms": [0.2, 0.3]},
             ],
         },
         {
@@ -167,8 +167,8 @@ def test_every_token_of_every_sequence() -> None:
                 {"index": 1, "asset": "inline", "layer": 1, "values": [4.0]},
             ],
             "interventions": [
-                {"index": 0, "layer": 1, "relative_norms": [0.5]},
-                {"index": 0, "layer": 2, "relative_norms": [0.6]},
+                {"index": 0, "layer": 1, "site": "resid_post", "relative_norms": [0.5]},
+                {"index": 0, "layer": 2, "site": "resid_post", "relative_norms": [0.6]},
             ],
         },
     ]

@@ -82,6 +82,12 @@ def test_bad_values_are_named(name: str, value: str, complaint: str) -> None:
         Settings.from_env({f"STEERSMAN_{name}": value})
 
 
+def test_a_baseline_needs_the_monitor() -> None:
+    assert Settings.from_env({"STEERSMAN_NORM_BASELINE": "usual"}).norm_baseline == "usual"
+    with pytest.raises(ValueError, match="--steering-norm-baseline needs --steering-monitor on"):
+        Settings.from_env({"STEERSMAN_NORM_BASELINE": "usual", "STEERSMAN_MONITOR": "off"})
+
+
 def test_settings_do_not_change() -> None:
     with pytest.raises(FrozenInstanceError):
         Settings().max_plans = 3  # type: ignore[misc]

@@ -43,6 +43,17 @@ def metadata(kind: str, **fields: Any) -> dict[str, Any]:
         },
         "affine": {"layers": [1, 3]},
         "profile": {"steering": {"interventions": [{"op": "add", "vector": "french", "scale": None}]}},
+        "baseline": {"counts": [1000, 2000, 3000, 4000], "mean": [0.5, 1.0, 1.5, 2.0], "deviation": [0.1] * 4},
+        "detector": {
+            "features": ["answer_entropy.mean", "norm:3.max"],
+            "threshold": 4.5,
+            "center": [0.7, 12.0],
+            "spread": [0.2, 3.0],
+            "weights": [0.25, 0.75],
+            "means": [[0.0, 0.1], [1.0, -1.0]],
+            "covariance": "full",
+            "covariances": [[[1.0, 0.5], [0.5, 1.0]], [[1.0, 0.0], [0.0, 1.0]]],
+        },
     }
     return {"name": "a-1.b_C", "kind": kind, "model": MODEL, **by_kind[kind], **fields}
 
@@ -117,8 +128,8 @@ def test_edited_layers(kind: str, layers: tuple[int, ...]) -> None:
         ("dictionary", {"normalize": "layer_norm", "input_scale": 2.0}, InvalidRequest, None),
         ("dictionary", {"input_scale": 0.0}, InvalidRequest, "input_scale"),
         ("dictionary", {"read_site": "nowhere"}, InvalidRequest, "read_site"),
-        ("recipe", {"rr_mlp": [0.0]}, InvalidRequest, None),
-        ("recipe", {"sources": {"attn": [4]}}, LayerOutOfRange, None),
+        ("recipe", {"rr_mlp": [0.0]}, InvalidRequest, "rr_mlp"),
+        ("recipe", {"sources": {"attn": [4]}}, LayerOutOfRange, "sources"),
         ("recipe", {"lambda_a": math.nan}, NonFinite, "lambda_a"),
         ("profile", {"steering": []}, InvalidRequest, "steering"),
     ],

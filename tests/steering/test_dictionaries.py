@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from steersman.kernels.program import Program
@@ -18,22 +19,11 @@ from steersman.steering.assets import Asset, DictionaryMeta, parse_metadata
 from steersman.steering.errors import FeatureUnreadable, InvalidRequest
 from steersman.steering.formats import dictionary_files
 from steersman.steering.plan import Activation
+from tests.steering.saes import DATA, EXPECTED, EXPORTS, MODEL, NAMES, load
 
-DATA = Path(__file__).parents[1] / "data" / "dictionaries"
-EXPECTED = safetensors.torch.load_file(DATA / "expected.safetensors")
-NAMES = sorted(path.name for path in DATA.iterdir() if path.is_dir())
-MODEL = {"id": "tiny", "n_layers": 4, "d_model": 8}
-GIVEN: dict[str, dict[str, Any]] = {"gemma_scope": {"hook_name": "blocks.1.hook_resid_post"}}
 BY_ROW = ["standard", "jumprelu", "jumprelu_plain", "gated", "v5_standard", "dl_standard", "dl_gated", "dl_jumprelu",
           "dl_batchtopk", "gemma_scope", "llama_scope"]  # fmt: skip
 PARITY = {"rtol": 0, "atol": 1e-4}
-
-
-def load(name: str, scratch: Path, **fields: Any) -> Asset:
-    path = DATA / name
-    if (path / "ae.safetensors").exists():
-        path = path / "ae.safetensors"
-    return dictionary_files.from_path(path, {"name": name, "model": MODEL, **GIVEN.get(name, {}), **fields}, scratch)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,10 +78,20 @@ def test_an_edit_is_the_librarys_decode_of_changed_activations_with_the_error_ke
     assert float((want - x).abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("name", ["topk", "matching_pursuit", "transcoder", "constant_norm", "layer_norm", "layers.2"])
-def test_what_a_row_cannot_tell_is_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["topk", "matching_pursuit", "constant_norm", "layers.2"])
+def test_what_takes_the_whole_encoder_has_no_row_of_its_own(name: str, tmp_path: Path) -> None:
+    asset = load(name, tmp_path)
+    assert dictionaries.takes_all(dictionaries.dictionary(asset))
+    with pytest.raises(FeatureUnreadable, match='op "feature" encodes them all'):
+        dictionaries.reads(asset, [0])
+
+
+@pytest.mark.parametrize("name", ["transcoder", "layer_norm"])
+def test_what_is_read_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    asset = load(name, tmp_path)
+    assert not dictionaries.takes_all(dictionaries.dictionary(asset))
     with pytest.raises(FeatureUnreadable, match="without only_if_active"):
-        dictionaries.reads(load(name, tmp_path), [0])
+        dictionaries.reads(asset, [0])
 
 
 @pytest.mark.parametrize(
@@ -150,14 +150,17 @@ def test_a_scale_that_saelens_has_no_place_for_is_not_exported(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_saelens_itself_loads_the_export(name: str, tmp_path: Path) -> None:
-    library = pytest.importorskip("sae_lens", reason="sae-lens is not installed")
+def test_saelens_itself_computes_the_same_with_the_export(name: str, tmp_path: Path) -> None:
+    """What it computed is in a file, beside what it was given, which must be what is written today."""
     dictionary_files.to_folder(load(name, tmp_path), tmp_path / "out")
-    sae = library.SAE.load_from_disk(tmp_path / "out")
-    with torch.no_grad():
-        acts = sae.encode(EXPECTED[f"{name}.x"])
-        torch.testing.assert_close(acts, EXPECTED[f"{name}.acts"], **PARITY)
-        torch.testing.assert_close(sae.decode(acts), EXPECTED[f"{name}.out"], **PARITY)
+    written = safetensors.torch.load_file(tmp_path / "out" / "sae_weights.safetensors")
+    with safe_open(EXPORTS, framework="pt") as theirs:
+        start = f"{name}.given."
+        given = {k.removeprefix(start): theirs.get_tensor(k) for k in theirs.keys() if k.startswith(start)}  # noqa: SIM118
+        assert json.loads((tmp_path / "out" / "cfg.json").read_text()) == json.loads(theirs.metadata()[name])
+        torch.testing.assert_close(written, given, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(theirs.get_tensor(f"{name}.acts"), EXPECTED[f"{name}.acts"], **PARITY)
+        torch.testing.assert_close(theirs.get_tensor(f"{name}.out"), EXPECTED[f"{name}.out"], **PARITY)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,10 @@ OPS: dict[str, dict[str, Any]] = {
     "neurons": {"neurons": "n", "value": 4},
     "heads": {"heads": [[0, 1]], "factor": 0},
     "affine": {"affine": "a"},
+    "patch": {"capture": "0" * 64},
+    "inject": {"recipe": "r"},
 }
+PLACED = sorted(OPS.keys() - {"inject"})  # those that a site can be named for
 
 
 def one(op: str = "add", **fields: Any) -> spec.Intervention:
@@ -60,14 +63,22 @@ def test_an_empty_object_asks_for_nothing() -> None:
 
 def test_every_op_is_tried_here_and_parses() -> None:
     assert set(OPS) == set(spec.OPS)
-    for op in OPS:
+    for op in PLACED:
         parsed = one(op)
         assert parsed.op == op
         assert (parsed.layers, parsed.site, parsed.when, parsed.preserve_norm) == (None, None, None, False)
         assert parsed.tokens == "all"
 
 
-@pytest.mark.parametrize("op", OPS)
+def test_an_injection_has_its_own_sites_and_tokens() -> None:
+    parsed = one("inject")
+    assert (parsed.layers, parsed.when, parsed.tokens) == (None, None, spec.TokenSet(generated=True, last=1))
+    for field in ({"site": "attn_out"}, {"preserve_norm": True}):
+        error = refused_one("inject", **field)
+        assert (type(error), error.param) == (UnknownField, next(iter(field)))
+
+
+@pytest.mark.parametrize("op", PLACED)
 def test_the_common_fields_go_with_every_op(op: str) -> None:
     parsed = one(op, layers=[1, 2], site="attn_z", tokens={"last": 2}, when=GATE, preserve_norm=True)
     assert (parsed.layers, parsed.site, parsed.preserve_norm) == ([1, 2], Site.ATTN_Z, True)
@@ -350,12 +361,50 @@ def test_tokens_may_be_a_word_also_in_exclude(word: str) -> None:
 def test_every_token_selector_parses() -> None:
     everything: dict[str, Any] = {
         "prompt": True, "generated": False, "positions": [0, -1], "ranges": [[0, 2], [-3, -1]], "last": 4,
-        "image": True, "text": ["a", "b"], "token_ids": [7], "roles": ["user"], "exclude": {"text": "c"},
+        "image": True, "patches": [[0, 3], [5, 6]], "box": [0.5, 1.0, 20.0, 30.0], "text": ["a", "b"],
+        "token_ids": [7], "roles": ["user"], "exclude": {"text": "c"},
     }  # fmt: skip
     parsed = one(tokens=everything).tokens
     assert isinstance(parsed, spec.TokenSet)
     assert set(everything) == set(spec.TokenSet.model_fields)
     assert json.loads(parsed.model_dump_json(exclude_unset=True)) == everything
+    for several in ({"image": 0}, {"image": [0, 2]}, {"image": 0, "box": [[0.0, 0.0, 1.0, 1.0], [2.0, 2.0, 3.5, 4.0]]}):
+        assert json.loads(one(tokens=several).tokens.model_dump_json(exclude_unset=True)) == several  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kind", "param"),
+    [
+        ({"image": -1}, OutOfRange, "image"),
+        ({"image": 1.0}, InvalidRequest, "image"),
+        ({"image": []}, InvalidRequest, "image"),
+        ({"image": [0, -1]}, OutOfRange, "image[1]"),
+        ({"image": [True]}, InvalidRequest, "image[0]"),
+        ({"image": "0"}, InvalidRequest, "image"),
+        ({"patches": [[0, 1]]}, InvalidRequest, "patches"),
+        ({"box": [0, 0, 1, 1]}, InvalidRequest, "box"),
+        ({"image": False, "box": [0, 0, 1, 1]}, InvalidRequest, "box"),
+        ({"exclude": {"box": [0, 0, 1, 1]}}, InvalidRequest, "exclude.box"),
+        ({"image": 0, "patches": []}, InvalidRequest, "patches"),
+        ({"image": 0, "patches": [0, 1]}, InvalidRequest, "patches[0]"),
+        ({"image": 0, "patches": [[0, 1], [2, 2]]}, InvalidRequest, "patches[1]"),
+        ({"image": 0, "patches": [[-2, -1]]}, OutOfRange, "patches[0][0]"),
+        ({"image": 0, "box": []}, InvalidRequest, "box"),
+        ({"image": 0, "box": {}}, InvalidRequest, "box"),
+        ({"image": 0, "box": [0, 0, 1]}, InvalidRequest, "box"),
+        ({"image": 0, "box": [0, 0, 0, 1]}, InvalidRequest, "box"),
+        ({"image": 0, "box": [0, 2, 1, 1]}, InvalidRequest, "box"),
+        ({"image": 0, "box": [-1, 0, 1, 1]}, OutOfRange, "box[0]"),
+        ({"image": 0, "box": [0, 0, 1, float("inf")]}, NonFinite, "box[3]"),
+        ({"image": 0, "box": [0, 0, True, 1]}, InvalidRequest, "box[2]"),
+        ({"image": 0, "box": [[0, 0, 1, 1], [0, 0, 1]]}, InvalidRequest, "box[1]"),
+        ({"image": 0, "box": [[0, 0, 1, 1], [1, 1, 1, 2]]}, InvalidRequest, "box[1]"),
+        ({"image": 0, "box": [[0, 0, 1, 1], [0, -1, 1, 1]]}, OutOfRange, "box[1][1]"),
+    ],
+)
+def test_parts_of_images_that_cannot(tokens: object, kind: type[SteeringError], param: str) -> None:
+    error = refused_one(tokens=tokens)
+    assert (type(error), error.param) == (kind, f"tokens.{param}")
 
 
 def test_a_vector_may_be_inline_in_every_place() -> None:

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from steersman.steering.errors import InvalidRequest
+from steersman.steering.prompt_images import PromptImage
 from steersman.steering.spec import Tokens
 from steersman.steering.tokens import Ints, Prompt, Rule, Selection, expand, select
 
 ADAPTER: TypeAdapter[Tokens] = TypeAdapter(Tokens)
 TEXT = {"cat": [1, 2], "dog": [5], "": []}
 ROLES = {"user": [2, 3, 4], "system": [0]}
-IMAGES = [3, 6]
+IMAGES = [[3, 6], [8, 9, 11]]
 
 
 def tokens(data: object) -> Tokens:
@@ -29,7 +30,8 @@ def prompt(ids: Sequence[int]) -> Prompt:
     def finder(found: dict[str, list[int]]) -> Any:
         return lambda what: [p for p in found[what] if p < len(ids)]
 
-    return Prompt(ids, finder(TEXT), finder(ROLES), [p for p in IMAGES if p < len(ids)])
+    images = [PromptImage([p for p in image if p < len(ids)], lambda: pytest.fail("no box")) for image in IMAGES]
+    return Prompt(ids, finder(TEXT), finder(ROLES), images)
 
 
 def selected(data: Any, ids: Sequence[int], length: int, position: int) -> bool:
@@ -49,6 +51,10 @@ def selected(data: Any, ids: Sequence[int], length: int, position: int) -> bool:
         return p if p >= 0 else length + p
 
     texts = data.get("text") or []
+    image = data.get("image", False)
+    named = (
+        range(len(IMAGES) if image else 0) if isinstance(image, bool) else [image] if isinstance(image, int) else image
+    )
     chosen = (
         (in_prompt and data.get("prompt", False))
         or (not in_prompt and data.get("generated", False))
@@ -56,7 +62,7 @@ def selected(data: Any, ids: Sequence[int], length: int, position: int) -> bool:
         or any(absolute(a) <= position < absolute(b) for a, b in data.get("ranges") or ())
         or (in_prompt and position >= length - (data.get("last") or 0))
         or ids[position] in (data.get("token_ids") or ())
-        or (in_prompt and data.get("image", False) and position in IMAGES)
+        or (in_prompt and any(position in IMAGES[i] for i in named))
         or (in_prompt and any(position in TEXT[t] for t in ([texts] if isinstance(texts, str) else texts)))
         or (in_prompt and any(position in ROLES[r] for r in data.get("roles") or ()))
     )
@@ -72,7 +78,7 @@ OBJECT: dict[str, st.SearchStrategy[Any]] = {
     "ranges": st.lists(st.tuples(st.integers(0, 25), st.integers(0, 25)).map(sorted), max_size=2)
     | st.lists(st.tuples(st.integers(-12, -1), st.integers(-12, -1)).map(sorted), max_size=2),
     "last": st.integers(0, 12),
-    "image": st.booleans(),
+    "image": st.booleans() | st.integers(0, 1) | st.lists(st.integers(0, 1), min_size=1, max_size=2),
     "text": st.sampled_from(["cat", "dog", ""]) | st.lists(st.sampled_from(["cat", "dog"]), max_size=2),
     "token_ids": st.lists(st.integers(0, 6), max_size=2),
     "roles": st.lists(st.sampled_from(["user", "system"]), max_size=2),

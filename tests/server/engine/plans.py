@@ -26,6 +26,15 @@ def add(seed: int = 0, layers: Any = "all", **more: Any) -> dict[str, Any]:
     return {"op": "add", "vector": sideways(seed), "layers": layers, **more}
 
 
+def inject(**more: Any) -> dict[str, Any]:
+    """From layers 0 and 1 into 1 to 3 at attn_out, and from 2 into 3 at mlp_out."""
+    recipe = {
+        "rr_attn": [0.75, 1.5, 0.25, 0.0], "rr_mlp": [0.0, 0.0, 2.0, 1.0], "lambda_a": 0.5, "lambda_m": -0.25,
+        "sources": {"attn": [0, 1], "mlp": [2]}, "targets": {"attn": [0, 1, 2, 3], "mlp": [1, 3]},
+    }  # fmt: skip
+    return {"op": "inject", "recipe": {"inline": recipe}, **more}
+
+
 KINDS: dict[str, list[dict[str, Any]]] = {
     "add": [add(0), add(1, [1, 2], scale=-2)],
     "reads": [add(2, 1, relative="norm", scale=0.1), {"op": "ablate", "vector": sideways(3), "layers": "1-3"}],
@@ -47,6 +56,12 @@ KINDS: dict[str, list[dict[str, Any]]] = {
     "late-hold": [add(20, [1, 3], when=gate(above=25.0, hold=True))],
     "prompt-mean": [add(16, "all", when=gate("prompt_mean", 1))],
     "last-prompt": [add(17, "all", when=gate("last_prompt", 2)), add(18, 1, when=gate("last_prompt", 2, above=60.0))],
+    "inject": [inject(), inject(scale=2.0, layers=[1, 3], tokens={"token_ids": [OPENS]})],
+    "inject-among-others": [
+        {"op": "ablate", "vector": sideways(21), "layers": [0, 1, 3], "site": "attn_out", "tokens": "generated"},
+        inject(tokens="all", when=gate()),
+        add(22, [1, 3], site="attn_out", relative="norm", scale=0.5),
+    ],
     "gated-reads": [{"op": "ablate", "vector": sideways(19), "layers": [2, 3], "when": gate(), "preserve_norm": True}],
 }  # fmt: skip
 

@@ -24,7 +24,16 @@ PLACES = [Place(layer, site) for layer in range(LAYERS) for site in (PRE, POST)]
 PROMPT = [3, 5, 9, 4, 1, 12, 2, 20]
 IDS = [*PROMPT, 6, 5, 9, 1, 2, 30, 3, 11]
 P = len(PROMPT)
-ON_HOST = {"token-gate", "hold", "late-hold", "prompt-mean", "last-prompt", "gated-reads"}
+ON_HOST = {
+    "token-gate",
+    "hold",
+    "late-hold",
+    "prompt-mean",
+    "last-prompt",
+    "gated-reads",
+    "inject",
+    "inject-among-others",
+}
 
 
 def on_device(plans: int = 64, nbytes: int = 2**20, **kwargs: Any) -> Runtime:
@@ -39,6 +48,22 @@ def on_device(plans: int = 64, nbytes: int = 2**20, **kwargs: Any) -> Runtime:
 def device_of(runtime: Runtime) -> DevicePlans:
     assert runtime.device is not None
     return runtime.device
+
+
+def sites_of_passes(device: DevicePlans) -> list[frozenset[Site]]:
+    """A list to which each later pass adds the sites that it edits."""
+    seen: list[frozenset[Site]] = []
+    plain = device.lay_out
+    device.lay_out = lambda runs: (plain(runs), seen.append(device.sites))[0]  # type: ignore[method-assign,func-returns-value]
+    return seen
+
+
+def drop(runtime: Runtime, name: str) -> None:
+    """Ends a request and gives its plan back."""
+    resident = runtime.requests[name].resident
+    assert resident is not None
+    runtime.remove_request(name)
+    runtime.plans.release([resident.plan.id], "http")
 
 
 @pytest.fixture
@@ -183,20 +208,14 @@ def test_a_plan_that_is_dropped_gives_back_its_entries() -> None:
     for i in range(5):
         toy.add(f"r{i}", plan_of(add(i, 1)), PROMPT)
         toy.run(Piece(f"r{i}", 0, PROMPT))
-        resident = runtime.requests[f"r{i}"].resident
-        runtime.remove_request(f"r{i}")
-        assert resident is not None
-        runtime.plans.release([resident.plan.id], "http")
+        drop(runtime, f"r{i}")
     assert len(runtime.plans) == len(device_of(runtime).tables) == 1
 
 
 def test_sites_of_a_pass_name_its_level() -> None:
     runtime = on_device()
     toy = Toy(runtime)
-    seen: list[frozenset[Site]] = []
-    device = device_of(runtime)
-    plain = device.lay_out
-    device.lay_out = lambda runs: (plain(runs), seen.append(device.sites))[0]  # type: ignore[method-assign,func-returns-value]
+    seen = sites_of_passes(device_of(runtime))
     toy.add("post", plan_of(add(0, 1)), PROMPT)
     toy.add("pre", plan_of(add(0, 1, site="resid_pre")), PROMPT)
     toy.run(Piece("post", 0, PROMPT))
@@ -210,14 +229,9 @@ def test_entries_of_a_plan_that_is_gone_are_not_named_again() -> None:
     toy, device = Toy(runtime), device_of(runtime)
     toy.add("gone", plan_of(add(0, 1)), PROMPT)
     toy.run(Piece("gone", 0, PROMPT))
-    resident = runtime.requests["gone"].resident
-    assert resident is not None
-    runtime.remove_request("gone")
-    runtime.plans.release([resident.plan.id], "http")
+    drop(runtime, "gone")
     toy.add("later", plan_of(add(1, 1, tokens="generated")), PROMPT)
-    sites: list[frozenset[Site]] = []
-    plain = device.lay_out
-    device.lay_out = lambda runs: (plain(runs), sites.append(device.sites))[0]  # type: ignore[method-assign,func-returns-value]
+    sites = sites_of_passes(device)
     toy.run(Piece("later", 0, PROMPT))
     assert sites == [frozenset()]
     assert set(device.entries.tolist()) == {-1}

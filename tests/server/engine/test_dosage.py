@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from steersman.kernels.program import Program
-from steersman.server.engine.dosage import CAP, REFUSE, WARN, Dosage, capped
+from steersman.server.engine.chain import in_turn
+from steersman.server.engine.dosage import CAP, REFUSE, WARN, Dosage
 from steersman.server.engine.runtime import Runtime
 from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import Site
@@ -62,7 +63,7 @@ def test_capped_is_each_formula_scaled_down(limit: float) -> None:
     edits = [{**f, "vector": inline(f["vector"]), "layers": 1} for f in FORMULAS]
     program = Program(plan_of(*edits).blocks[Place(1, Site.RESID_POST)], D)
     x = 2 * torch.randn(40, D, generator=torch.Generator().manual_seed(0))
-    change, sizes = capped(x, program, limit)
+    change, sizes = in_turn(x, program, limit=limit)
     for row in range(len(x)):
         wanted, want_sizes = limited(x[row].double(), limit)
         torch.testing.assert_close(x[row].double() + change[row].double(), wanted, rtol=1e-4, atol=1e-4)

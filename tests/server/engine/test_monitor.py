@@ -66,6 +66,12 @@ def histogram(values: Sequence[float], bounds: Sequence[float]) -> list[int]:
     return counts
 
 
+def around_zero(counts: Sequence[int]) -> list[int]:
+    """Of a probe, the two buckets at 0 as one: what an ablation has left is 0 but for a rounding of either sign."""
+    i = PROBE_BOUNDS.index(0.0)
+    return [*counts[:i], counts[i] + counts[i + 1], *counts[i + 2 :]]
+
+
 def numbers(rows: Sequence[Sequence[Any]], keys: int) -> dict[tuple[Any, ...], Any]:
     return {tuple(row[:keys]): row[keys:] for row in rows}
 
@@ -176,7 +182,9 @@ def test_edits_and_probes_by_asset_and_layer() -> None:
     values_read = numbers(told["probe_value"], 2)
     assert set(values_read) == set(read)
     for key, values in read.items():
-        assert values_read[key] == [histogram(values, PROBE_BOUNDS), pytest.approx(sum(values), abs=1e-4)], key
+        counts, total = values_read[key]
+        assert total == pytest.approx(sum(values), abs=1e-4), key
+        assert around_zero(counts) == around_zero(histogram(values, PROBE_BOUNDS)), key
 
 
 def test_probes_of_all_requests() -> None:
@@ -300,29 +308,41 @@ def test_outliers_are_told_by_what_came_before() -> None:
             monitor.see(Place(layer, POST), torch.from_numpy(np.exp(step[layer]))[:, None].float(), None)
         monitor.end([])
     assert monitor.drain("http", {})["norm_outliers"] == [[0, 2], [1, 1]]
-    assert monitor._baseline.mean == pytest.approx(logs.mean((0, 2)), rel=1e-5)
+    seen = monitor.norms_seen()
+    assert (seen["worker"], seen["count"]) == (monitor.worker, [3000.0, 3000.0])
+    assert seen["mean"] == pytest.approx(logs.mean((0, 2)).tolist(), rel=1e-5)
     deviations = ((logs - logs.mean((0, 2))[:, None]) ** 2).sum((0, 2))
-    assert monitor._baseline.square == pytest.approx(deviations, rel=1e-3)
+    assert seen["square"] == pytest.approx(deviations.tolist(), rel=1e-3)
+
+
+def test_outliers_by_a_stored_baseline() -> None:
+    """From the first token on, each layer by its own numbers, whatever the traffic makes usual."""
+    monitor = Monitor(2, 1)
+    monitor.enter("r", 0)
+    monitor.use_baseline([1.0, 3.0], [0.1, 0.2])
+    logs = np.array([[1.0, 1.59, 1.61, 0.39, 0.41], [3.0, 4.19, 4.21, 1.79, 1.81]])
+    for _ in range(2):
+        monitor.begin([Scheduled("r", 0, 0, 5)], {})
+        for layer in range(2):
+            monitor.see(Place(layer, POST), torch.from_numpy(np.exp(logs[layer]))[:, None].float(), None)
+        monitor.end([])
+    assert monitor.drain("http", {})["norm_outliers"] == [[0, 4], [1, 4]]
+    assert monitor.norms_seen()["mean"] == pytest.approx(logs.mean(1).tolist(), rel=1e-5)  # goes on learning
 
 
 # -- logits ---------------------------------------------------------------------------------------------
 
 
 def test_entropy_of_the_tokens_that_are_sampled() -> None:
-    class Model:
-        def compute_logits(self, hidden: Tensor) -> Tensor:
-            return hidden
-
-    monitor, model, logits = Monitor(1, 2), Model(), 3 * noise(3, 50)
-    monitor.watch_logits(model)
+    monitor, logits = Monitor(1, 2), 3 * noise(3, 50)
     for name in "abc":
         monitor.enter(name, 4)
     batch = [Scheduled("a", 0, 0, 4), Scheduled("b", 0, 4, 3), Scheduled("c", 9, 7, 1)]  # b's prompt is not done
     for _ in range(2):
         monitor.begin(batch, {})
         monitor.end([])
-        assert torch.equal(model.compute_logits(logits), logits)
-        model.compute_logits(logits)  # of a prompt, or of a dummy run: not what is sampled
+        monitor.see_logits(logits)
+        monitor.see_logits(logits)  # of a prompt, or of a dummy run: not what is sampled
     p = logits[[0, 2]].double().softmax(-1)
     want = (-(p * p.log()).sum(-1)).tolist()
     ((counts, total),) = monitor.drain("http", {})["answer_entropy"]

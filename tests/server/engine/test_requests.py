@@ -14,7 +14,7 @@ from steersman.server.engine.wire import KEY, args_of, make_args
 from steersman.steering.plan import Activation, GateRead, Place
 from steersman.steering.sites import Site
 from tests.server.engine.plans import OPENS, SHUT, add, gate, plan, sideways
-from tests.server.engine.toy import POST, PRE, SHIFTS, Piece, Toy, alone, args, report
+from tests.server.engine.toy import FACTORS, POST, PRE, SHIFTS, Piece, Toy, alone, args, report
 from tests.steering.library import LAYERS, D, inline, noise, plan_of
 
 PROMPT = [SHUT, 5, OPENS, 4, 1, 12, 2, 20]
@@ -210,7 +210,7 @@ def test_relative_sizes_are_those_that_numpy_finds() -> None:
     for layer in range(LAYERS - 1, 0, -1):  # the toy's layers backwards
         stream = stream.clone()
         stream[:, 0] *= 0.75
-        stream = (stream - SHIFTS[layer]) / 0.75
+        stream = (stream - SHIFTS[layer]) / 0.75 / (1 + FACTORS[layer]).prod(0)
     size = np.linalg.norm(stream.numpy(), axis=1)
     want = (scale * np.linalg.norm(v) / size).sum()
     (entry,) = [r for r in report(toy.runtime, "r")["relative"] if r[0] == 0]
@@ -274,7 +274,7 @@ def test_every_token_is_told_of_where_that_was_asked() -> None:
     read = np.array(told["probes"]["values"])
     assert read[:, 0] == pytest.approx([*PROMPT[3:], 6, OPENS], rel=1e-5)
     assert read[:, 1] == pytest.approx([*PROMPT[3:], 5, 5], rel=1e-5)
-    assert told["edits"]["columns"] == [[0, 1], [0, 2], [1, 1]]
+    assert told["edits"]["columns"] == [[0, 1, "resid_post"], [0, 2, "resid_post"], [1, 1, "resid_post"]]
     done = told["edits"]["values"]
     assert [row[:2] for row in done] == [[None, None]] * (P - 1)  # position 1 was edited by whoever cached it
     assert [row[2] is None for row in done] == [True] * (P - 3) + [False] * 2

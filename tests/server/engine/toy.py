@@ -21,11 +21,13 @@ from steersman.steering.tokens import Ints, Prompt, Selection
 from tests.steering.library import LAYERS, D, noise
 
 PRE, POST = Site.RESID_PRE, Site.RESID_POST
+BRANCHES = Site.ATTN_OUT, Site.MLP_OUT
 TABLE = noise(64, D, seed=7)
 POSITIONS = noise(256, D, seed=8)
 SHIFTS = noise(LAYERS, D, seed=9)
-for table in (POSITIONS, SHIFTS):
-    table[:, 0] = 0
+FACTORS = noise(LAYERS, 2, D, seed=10) / 4  # of what each branch adds
+for table in (POSITIONS, SHIFTS, FACTORS):
+    table[..., 0] = 0
 TABLE[:, 0] = torch.arange(64.0)
 
 
@@ -67,6 +69,8 @@ class Toy:
         try:
             for layer in range(LAYERS):
                 stream = self._touch(Place(layer, PRE), stream)
+                for site, factors in zip(BRANCHES, FACTORS[layer].to(self.dtype), strict=True):
+                    stream = stream + self._touch(Place(layer, site), stream * factors)
                 stream = stream * 0.75 + SHIFTS[layer].to(self.dtype)
                 stream[:, 0] /= 0.75  # what tells tokens apart stays
                 stream = self._touch(Place(layer, POST), stream)
@@ -76,7 +80,7 @@ class Toy:
 
     def _touch(self, place: Place, stream: Tensor) -> Tensor:
         x, residual = stream.clone(), None
-        if self.split:
+        if self.split and place.site not in BRANCHES:
             residual = (stream * 0.5).to(self.dtype)
             x = stream - residual
         if self.runtime.live and place in self.runtime.wanted:

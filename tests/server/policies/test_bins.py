@@ -92,3 +92,15 @@ def test_a_state_of_the_wrong_size_is_named(state: Any) -> None:
 def test_descriptions_that_are_wrong(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         made(**changes)
+
+
+def test_token_values_are_what_decode_reads() -> None:
+    policy = made(chunk=7)
+    values = policy.token_values()
+    assert sorted(values) == [*range(500, 507)]
+    found = policy.decode([t for i in range(7) for t in (500 + i, 500 + i)], seen())
+    np.testing.assert_allclose([*values.values()], np.linspace(-6 / 7, 6 / 7, 7))
+    other = policy.stats.actions[policy.stats.key(None)]
+    np.testing.assert_allclose(
+        found.actions[:, 0], other.unnormalise(np.array([[v, v] for v in values.values()]))[:, 0]
+    )

@@ -142,3 +142,12 @@ def test_other_models_are_no_policies() -> None:
     assert load("none", OPENVLA, Tokenizer()) is None
     with pytest.raises(ValueError, match="needs the tokenizer"):
         load("auto", OPENVLA, None)
+
+
+def test_token_values_are_the_published_ones_and_those_of_decode(policy: OpenVla) -> None:
+    values = policy.token_values()
+    assert sorted(values) == [*range(31744, 32000)]
+    assert values[31999] == pytest.approx(-0.99608, abs=1e-5)
+    assert values[31744] == values[31745] == pytest.approx(0.99608, abs=1e-5)
+    for token in (31744, 31745, 31870, 31999):
+        assert policy.decode([token] * 7, seen()).actions[0, 6] == values[token]  # dim 6 is not scaled

@@ -176,6 +176,21 @@ def test_json_that_is_no_asset(http: TestClient, body: bytes, param: str) -> Non
     assert found["param"] == param
 
 
+def test_a_recipe_is_json_and_gets_its_layers(http: TestClient) -> None:
+    rates = [0.1, 0.4, 0.3, 0.2]
+    recipe = {"kind": "recipe", "name": "iri", "model": REF, "rr_attn": rates, "rr_mlp": rates}
+    recipe |= {"lambda_a": 0.26, "lambda_m": 0.16}
+    made = http.post(ASSETS, json=recipe)
+    assert made.status_code == 201, made.text
+    told = http.get(f"{ASSETS}/iri").json()
+    assert told["sources"] == {"attn": [1, 2, 3], "mlp": [1, 2, 3]}
+    assert told["targets"] == {"attn": [0, 1, 2, 3], "mlp": [0, 1, 2, 3]}
+    late = {**recipe, "name": "late", "sources": {"attn": [3]}, "targets": {"attn": [1, 3]}}
+    found = error(http.post(ASSETS, json=late), 400)
+    assert (found["param"], "no target comes after layer 3" in found["message"]) == ("targets", True)
+    assert "late" not in names(http.get(ASSETS))
+
+
 @pytest.mark.parametrize(
     ("change", "param", "code"),
     [

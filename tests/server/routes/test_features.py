@@ -11,8 +11,13 @@ import safetensors.torch
 import torch
 
 from steersman.server import cli
+from steersman.steering import dictionaries
 from steersman.steering.assets import KINDS
+from steersman.steering.plan import Place
+from steersman.steering.sites import Site
+from tests.server.engine.test_captures import truth
 from tests.server.fakes import client, frontend
+from tests.server.toy_engine import ToyEngine
 from tests.steering.library import REF, D
 
 DATA = Path(__file__).parents[2] / "data" / "dictionaries"
@@ -79,10 +84,46 @@ def test_a_large_one_goes_out_in_parts_alone(tmp_path: Path, monkeypatch: pytest
     assert http.get("/v1/steering/assets/v?format=json").status_code == 200
 
 
+def test_features_that_are_active_on_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ToyEngine(tmp_path, monkeypatch)
+    ref = post(engine.http).json()["ref"]
+    path = "/v1/steering/assets/sae/features"
+    found = engine.http.get(path, params={"active_on": "hello", "limit": 3}).json()
+    ids = engine.frontend.tokenizer.encode("hello")
+    acts = dictionaries.encode(engine.frontend.store.get(ref), truth(None, ids)[Place(2, Site.RESID_POST)])
+    assert (found["dictionary"], found["layer"], found["site"]) == (ref, 2, "resid_post")
+    assert [t["id"] for t in found["tokens"]] == ids
+    assert "".join(t["token"] for t in found["tokens"]) == "^hello"
+    assert acts.count_nonzero(1).max() > 3, "a limit that cuts nothing shows nothing"
+    for token, row in zip(found["tokens"], acts, strict=True):
+        values, index = row.sort(descending=True)
+        wanted = [(int(i), float(v)) for i, v in zip(index[:3], values[:3], strict=True) if v > 0]
+        told = [(one["index"], one["activation"]) for one in token["features"]]
+        assert [i for i, _ in told] == [i for i, _ in wanted]
+        assert [v for _, v in told] == pytest.approx([v for _, v in wanted], rel=1e-5)
+        assert all(one["label"] == TEXTS.get(str(one["index"])) for one in token["features"])
+    peaks, where = acts.max(0)
+    strongest = peaks.argsort(descending=True)[:3].tolist()
+    assert [(one["index"], one["position"]) for one in found["data"]] == [(i, int(where[i])) for i in strongest]
+    every = engine.http.get(path, params={"active_on": "hello", "limit": 1000}).json()
+    assert {one["index"] for one in every["data"]} == set(peaks.nonzero().flatten().tolist())
+    assert {one["label"] for one in every["data"]} > {None}
+    assert engine.idle()
+
+
+def test_a_text_that_is_not_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ToyEngine(tmp_path, monkeypatch)
+    post(engine.http)
+    answer = engine.http.get("/v1/steering/assets/sae/features?active_on=")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "active_on")
+
+
 @pytest.mark.parametrize(
     ("path", "param"),
     [
-        ("sae/features?active_on=hello", "active_on"),
+        ("sae/features?active_on=hello&query=ship", "active_on"),
+        ("sae/features?active_on=hello&offset=3", "active_on"),
+        ("v/features?active_on=hello", "ref"),
         ("sae/features?query=%20", "query"),
         ("v/features", "ref"),
         ("nope/features", "ref"),

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from steersman.steering.assets import Asset, parse_metadata
 from tests.models.tiny import _tokenizer
 from tests.server.fakes import client, frontend
-from tests.steering.library import LAYERS, D, inline, noise
+from tests.steering.library import LAYERS, REF, D, inline, noise
 
 RESOLVE = "/v1/steering/resolve"
 DEFAULT = "/v1/steering/default"
@@ -61,6 +64,53 @@ def test_a_plan_without_a_prompt(http: TestClient) -> None:
     assert http.post(RESOLVE, json={}).json()["interventions"] == []
 
 
+def test_the_plan_of_an_injection(http: TestClient) -> None:
+    recipe = {"rr_attn": [0.1, 0.4, 0.3, 0.2], "rr_mlp": [0.0] * LAYERS, "lambda_a": 0.2, "lambda_m": 0.1}
+    recipe |= {"sources": {"attn": [1]}, "targets": {"attn": [0, 2, 3]}}
+    asked = {"op": "inject", "recipe": {"inline": recipe}}
+    found = http.post(RESOLVE, json={"steering": {"interventions": [asked]}, "prompt": [5, 6, 7]}).json()
+    (told,) = found["interventions"]
+    assert (told["layers"], told["site"], told["sites"]) == ([2, 3], None, {"attn_out": [2, 3]})
+    assert (told["assets"], told["prompt_positions"]) == (["inline"], [[2, 3]])
+    assert (found["cost"]["places"], found["cost"]["rows"]) == (2, 2)
+    wrong = http.post(RESOLVE, json={"steering": {"interventions": [{**asked, "site": "attn_out"}]}})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "steering.interventions[0].site")
+
+
+def test_what_the_linters_find_is_a_warning(tmp_path: Path) -> None:
+    made = frontend(tmp_path)
+    large = {**ADD, "scale": 1e5}
+    found = client(made).post(RESOLVE, json={"steering": {"interventions": [large, {**ADD, "scale": -0.1}]}}).json()
+    [overlap] = found["warnings"]
+    assert "steering.interventions[0] and steering.interventions[1] overlap: a cosine of -1.000" in overlap
+    unknown = "its size beside the stream, of which nothing usual is known (--steering-norm-baseline)"
+    assert found["unchecked"] == [f"steering.interventions[{i}]: {unknown}" for i in range(2)]
+    meta = {"name": "usual", "kind": "baseline", "model": REF, "counts": [1000] * LAYERS}
+    made.store.add(Asset(parse_metadata({**meta, "mean": [math.log(20.0)] * LAYERS, "deviation": [0.1] * LAYERS})))
+    made.settings = replace(made.settings, norm_baseline="usual")
+    found = client(made).post(RESOLVE, json={"steering": {"interventions": [large]}}).json()
+    [size] = found["warnings"]
+    times = 1e5 * float(noise(D).norm()) / 20
+    assert f"steering.interventions[0] is {times:.2f} times as large as the stream at layer 1" in size
+    assert found["unchecked"] == []
+
+
+def test_what_a_whole_encode_costs_is_told(tmp_path: Path) -> None:
+    made = frontend(tmp_path)
+    tensors = {"encoder": noise(7, D), "decoder": noise(7, D), "b_enc": noise(7), "b_dec": noise(D)}
+    meta = {"name": "wide", "kind": "dictionary", "model": REF, "layer": 2, "architecture": "topk", "k": 3}
+    ref = made.store.add(Asset(parse_metadata(meta), tensors))
+    feature = {"op": "feature", "dictionary": "wide", "index": 3, "value": 2.0}
+    found = client(made).post(RESOLVE, json={"steering": {"interventions": [feature]}}).json()
+    assert found["cost"]["encodes"] == [
+        {"layer": 2, "site": "resid_post", "dictionary": ref, "features": 7, "multiply_adds_per_token": 7 * D,
+         "bytes_per_worker": 4 * (7 * D + 7)}
+    ]  # fmt: skip
+    add = {**feature, "mode": "add"}
+    found = client(made).post(RESOLVE, json={"steering": {"interventions": [add]}}).json()
+    assert found["cost"]["encodes"] == []
+
+
 def test_positions_of_token_ids(http: TestClient) -> None:
     tokens = [
         "all",
@@ -91,7 +141,7 @@ def test_positions_of_text(http: TestClient) -> None:
     prompt = "The ship came about."
     found = resolve(http, {"text": "ship"}, {"text": "absent"}, prompt=prompt)
     assert "ship" in spelled(found["interventions"][0], _tokenizer().encode(prompt))
-    assert found["warnings"] == ["steering.interventions[1].tokens matches no token of this prompt"]
+    assert found["warnings"][-1] == "steering.interventions[1].tokens matches no token of this prompt"
 
 
 @pytest.mark.parametrize("parts", [False, True])
@@ -153,7 +203,7 @@ def test_without_a_tokenizer_only_ids(tmp_path: Path) -> None:
     http = client(frontend(tmp_path))
     assert resolve(http, "all", prompt=[1, 2])["prompt_tokens"] == 2
     for prompt in ({"prompt": "x"}, {"messages": [{"role": "user", "content": "x"}]}):
-        assert error(http.post(RESOLVE, json=prompt))["param"] == "prompt"
+        assert error(http.post(RESOLVE, json=prompt))["param"] == next(iter(prompt))
     body = {"steering": {"interventions": [{**ADD, "tokens": {"text": "x"}}]}, "prompt": [1, 2]}
     assert error(http.post(RESOLVE, json=body))["param"] == "steering.interventions[0].tokens.text"
 
