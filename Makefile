@@ -93,7 +93,9 @@ format: install ## let ruff rewrite what it can
 bench: install ## measure on this machine: the CPU kernel, the server against stock vLLM and beside other libraries
 	$(PY) -m benchmarks.cpu_kernel
 	$(PY) -m benchmarks.serving $(ARGS)
+	$(PY) -m benchmarks.serving --monitor --name serving_monitor
 	$(PY) -m benchmarks.peers
+	$(PY) -m benchmarks.extraction
 	$(PY) -m benchmarks.report
 
 clean: ## remove what was built; .venv and downloaded models stay

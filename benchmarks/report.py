@@ -24,7 +24,12 @@ median over pairs and, in brackets, the lowest and the highest.
 def page(folder: Path = RESULTS) -> str:
     parts = [HEAD]
     parts += [_serving(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("serving*.json"))]
-    for name, section in (("peers", _peers), ("kernels", _kernels), ("cpu_kernel", _cpu_kernel)):
+    for name, section in (
+        ("peers", _peers),
+        ("kernels", _kernels),
+        ("cpu_kernel", _cpu_kernel),
+        ("extraction", _extraction),
+    ):
         path = folder / f"{name}.json"
         if path.exists():
             parts.append(section(json.loads(path.read_text())))
@@ -91,6 +96,17 @@ def _cpu_kernel(found: Mapping[str, Any]) -> str:
     return f"## The CPU kernel\n\n{about}\n\n{table(heads, [[r[h] for h in heads] for r in found['results']])}"
 
 
+def _extraction(found: Mapping[str, Any]) -> str:
+    answers = found["answer_seconds"]
+    return (
+        "## Extraction on the server\n\n"
+        f"`python -m benchmarks.extraction --pairs {found['pairs']}`: {found['model']} on {_machine(found)}. A job "
+        f"with {found['pairs']} pairs, at all {found['layers']} layers, took {found['seconds']:.0f} s. A client that asked "
+        f"for eight tokens at a time waited {answers['beside']:.2f} s meanwhile (median), {answers['before']:.2f} s "
+        "before.\n"
+    )
+
+
 def _machine(found: Mapping[str, Any]) -> str:
     about = found["provenance"]
     cpu = f"{about['cores']} cores of {about['cpu']}"
@@ -107,6 +123,9 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     lines = [tuple(heads), *([str(c) for c in row] for row in rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+SECTIONS = {"peers": _peers, "kernels": _kernels, "cpu_kernel": _cpu_kernel, "extraction": _extraction}
 
 
 def main() -> None:
