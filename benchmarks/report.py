@@ -101,8 +101,8 @@ def _extraction(found: Mapping[str, Any]) -> str:
     return (
         "## Extraction on the server\n\n"
         f"`python -m benchmarks.extraction --pairs {found['pairs']}`: {found['model']} on {_machine(found)}. A job "
-        f"with {found['pairs']} pairs, at all {found['layers']} layers, took {found['seconds']:.0f} s. A client that asked "
-        f"for eight tokens at a time waited {answers['beside']:.2f} s meanwhile (median), {answers['before']:.2f} s "
+        f"with {found['pairs']} pairs, at all {found['layers']} layers, took {found['seconds']:.0f} s. A client that "
+        f"asked for eight tokens at a time waited {answers['beside']:.2f} s meanwhile (median), {answers['before']:.2f} s "
         "before.\n"
     )
 
