@@ -102,8 +102,8 @@ def _extraction(found: Mapping[str, Any]) -> str:
         "## Extraction on the server\n\n"
         f"`python -m benchmarks.extraction --pairs {found['pairs']}`: {found['model']} on {_machine(found)}. A job "
         f"with {found['pairs']} pairs, at all {found['layers']} layers, took {found['seconds']:.0f} s. A client that "
-        f"asked for eight tokens at a time waited {answers['beside']:.2f} s meanwhile (median), {answers['before']:.2f} s "
-        "before.\n"
+        f"asked for eight tokens at a time waited {answers['beside']:.2f} s meanwhile (median), "
+        f"{answers['before']:.2f} s before.\n"
     )
 
 
