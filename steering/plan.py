@@ -36,6 +36,11 @@ class Place(NamedTuple):
     site: Site
 
     @property
+    def name(self) -> str:
+        """For messages."""
+        return f"layer {self.layer} {self.site.value}"
+
+    @property
     def order(self) -> tuple[int, int]:
         """Sorts places as a forward pass reaches them."""
         return self.layer, ORDER[self.site]

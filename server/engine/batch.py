@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from steersman.server.engine import graphs
+from steersman.server.engine.owners import Scheduled
 from steersman.server.engine.requests import RequestState
-from steersman.server.engine.runtime import Runtime, Scheduled
+from steersman.server.engine.runtime import Runtime
 from steersman.server.engine.wire import args_of
 from steersman.steering.tokens import Ints, Selection
 

@@ -90,9 +90,7 @@ class Capture:
         """[layer, site, *shape] of what is here, in the order of :meth:`read`. Raises LookupError where rows lack."""
         for place, seen in self._seen.items():
             if seen < len(self._positions):
-                raise LookupError(
-                    f"layer {place.layer} {place.site.value}: of {len(self._positions)} positions {seen} were computed"
-                )
+                raise LookupError(f"{place.name}: of {len(self._positions)} positions {seen} were computed")
         return [[place.layer, place.site.value, *rows.shape] for place, rows in self._kept()]
 
     def read(self, start: int, end: int) -> bytes:

@@ -33,7 +33,8 @@ from typing import Any
 
 from steersman.server.engine import batch as shared
 from steersman.server.engine import graphs
-from steersman.server.engine.runtime import Runtime, Scheduled
+from steersman.server.engine.owners import Scheduled
+from steersman.server.engine.runtime import Runtime
 from steersman.steering.tokens import Ints
 
 

@@ -15,22 +15,21 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from steersman.kernels.reference import Reduce
-from steersman.server.engine.captures import NOTHING, Capture, Captures
+from steersman.server.engine.captures import NOTHING, Captures
 from steersman.server.engine.carry import Carried, Carry, Source
 from steersman.server.engine.device import DevicePlans
 from steersman.server.engine.dosage import Dosage
+from steersman.server.engine.gating import Decided, gates_of, read_gates
 from steersman.server.engine.layout import Group, Run, Work, group_rows, runs_of
 from steersman.server.engine.monitor import Monitor
+from steersman.server.engine.owners import Owner, Scheduled, fail, own
 from steersman.server.engine.probing import Probing
-from steersman.server.engine.requests import Masks, RequestState, open_request
+from steersman.server.engine.requests import RequestState, open_request
 from steersman.server.engine.resident import Resident, ResidentPlans, Shard
 from steersman.server.engine.signals import Logits, Streams, next_tokens
 from steersman.server.engine.sizes import Measured, add_up, trace
@@ -42,36 +41,6 @@ logger = logging.getLogger(__name__)
 
 MEASURE_EVERY = 32  # steps between measurements of how large the edits are
 KEPT_REPORTS = 4096
-
-
-class Scheduled(NamedTuple):
-    """The rows of one request in this step's batch."""
-
-    request_id: str
-    start: int  # absolute position of the first row
-    row: int
-    n: int
-
-
-@dataclass
-class Owner:
-    """A steered request's rows in this step."""
-
-    state: RequestState
-    row: int
-    count: int
-    start: int
-    masks: Masks  # [count] the interventions that select each row
-    chosen: int  # all of these together
-    gates: list[Tensor]  # [count] each, the request's gates in this pass
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.row, self.row + self.count)
-
-    @property
-    def capture(self) -> Capture | None:
-        return self.state.capture
 
 
 Layout = dict[Place, Work]
@@ -220,9 +189,10 @@ class Runtime:
             if state is None or state.resident is None or not entry.n:
                 continue
             try:
-                owner = self._own(state, entry, token_ids)
+                owner = own(state, entry, token_ids)
+                self._owners.append(owner)
             except Exception as error:
-                _fail([state], f"laying out its tokens failed: {error}")
+                fail([state], f"laying out its tokens failed: {error}")
                 continue
             if entry.n == 1 and owner.chosen:
                 key.append(Run(state.resident, owner.chosen, entry.row, entry.row + 1))
@@ -234,7 +204,7 @@ class Runtime:
                 for o in self._owners
                 if o.state.needs_layers or (o.state.resident and not o.state.resident.on_device)
             ]
-            _fail(need_host, "a pass that needs the host has been given a graph")
+            fail(need_host, "a pass that needs the host has been given a graph")
         if self.device is not None:
             key = self._lay_out_on(self.device, key, replayed)
         if key != self._layout_key:
@@ -266,7 +236,7 @@ class Runtime:
         try:
             self._note()
         except Exception as error:
-            _fail([o.state for o in self._owners], f"noting what was done failed: {error}")
+            fail([o.state for o in self._owners], f"noting what was done failed: {error}")
         for owner in self._owners:
             owner.state.note_edits(owner.start, owner.masks, owner.gates)
             if self._measure:
@@ -306,7 +276,7 @@ class Runtime:
         except Exception as error:
             if self._capturing:
                 raise
-            _fail([o.state for o in self._owners], f"editing {_name(place)} failed: {error}")
+            fail([o.state for o in self._owners], f"editing {place.name} failed: {error}")
 
     def see_logits(self, logits: Tensor) -> None:
         """Logits [n, vocabulary] that the model computes; the first after a pass are of its tokens."""
@@ -318,24 +288,12 @@ class Runtime:
                 expected.read(logits)
             except Exception as error:
                 asking = [s for s in self.requests.values() if s.signals is not None and s.signals.of_logits]
-                _fail(asking, f"reading the logits failed: {error}")
+                fail(asking, f"reading the logits failed: {error}")
 
     # -- parts ------------------------------------------------------------------------------------
 
     def _not_captured(self, owner: Owner, error: Exception) -> None:
-        _fail([owner.state], f"capturing activations failed: {error}")
-
-    def _own(self, state: RequestState, entry: Scheduled, token_ids: Callable[[int, int], Ints]) -> Owner:
-        _, start, row, count = entry
-        selection = state.selection
-        if start >= selection.prompt_length and state.constant is not None:
-            masks, chosen = state.constant if count == 1 else state.constant.repeat(count), selection.generated
-        else:
-            masks = selection.masks(start, start + count, lambda: token_ids(row, count))
-            chosen = int(np.bitwise_or.reduce(masks))
-        gates = [g.at_start(start, count, selection.prompt_length) for g in state.gates]
-        self._owners.append(Owner(state, row, count, start, masks, chosen, gates))
-        return self._owners[-1]
+        fail([owner.state], f"capturing activations failed: {error}")
 
     def _lay_out(self, key: Sequence[Run]) -> Layout:
         """What is to be done at each place, rows of the same plan and mask together."""
@@ -344,7 +302,7 @@ class Runtime:
             try:
                 programs = resident.programs(mask) | resident.chains(mask)
             except Exception as error:
-                _fail(self._using(resident), f"compiling its plan failed: {error}")
+                fail(self._using(resident), f"compiling its plan failed: {error}")
                 self._layout_key = None  # what is laid out lacks it, so it is not for another batch
                 continue
             for place, program in programs.items():
@@ -378,7 +336,7 @@ class Runtime:
 
     def _fail_plans(self, runs: Iterable[Run], message: str) -> None:
         residents = {id(run.resident) for run in runs}
-        _fail([o.state for o in self._owners if id(o.state.resident) in residents], message)
+        fail([o.state for o in self._owners if id(o.state.resident) in residents], message)
 
     def _using(self, resident: Resident) -> list[RequestState]:
         return [o.state for o in self._owners if o.state.resident is resident]
@@ -388,7 +346,7 @@ class Runtime:
         work = self._layout.get(place)
         raw = self._read_sources(place, work, x, residual) if work is not None and work.sources else []
         if work is not None and work.groups:
-            gates = self._gates(work) if work.gated else None
+            gates = gates_of(work, self._owners) if work.gated else None
             reduce = self.reduce if place in self.shards else None
             try:
                 if self.dosage is not None:
@@ -401,7 +359,7 @@ class Runtime:
             except Exception as error:
                 edited = {id(g.resident) for g in work.groups}
                 states = [o.state for o in self._owners if id(o.state.resident) in edited]
-                _fail(states, f"editing {_name(place)} failed: {error}")
+                fail(states, f"editing {place.name} failed: {error}")
         self._carried.add(raw)
         for owner, i, values in decided:
             owner.gates[i] = values
@@ -424,33 +382,12 @@ class Runtime:
         except Exception as error:
             reading = {id(s.carry.resident) for s in work.sources}
             states = [o.state for o in self._owners if id(o.state.resident) in reading]
-            _fail(states, f"reading {_name(place)} for an injection failed: {error}")
+            fail(states, f"reading {place.name} for an injection failed: {error}")
             return []
 
-    def _gates(self, work: Work) -> Tensor:
-        """[rows, n_gates] of the work's rows."""
-        count = max(len(owner.gates) for owner in self._owners)
-        everyone = torch.zeros(max(o.row + o.count for o in self._owners), count)
-        for owner in self._owners:
-            for i, values in enumerate(owner.gates):
-                everyone[owner.rows, i] = values
-        return everyone[torch.cat([g.rows for g in work.groups])]
-
-    def _read_gates(self, place: Place, x: Tensor, residual: Tensor | None) -> list[tuple[Owner, int, Tensor]]:
+    def _read_gates(self, place: Place, x: Tensor, residual: Tensor | None) -> list[Decided]:
         """The gates that are read here, before this place's edits; they hold for later places only."""
-        out = []
-        for owner in self._owners:
-            for i, gate in enumerate(owner.state.gates):
-                if gate.read.place != place:
-                    continue
-                stream = self._stream(place, x, residual, owner.rows)
-                values = owner.gates[i].clone()
-                try:
-                    gate.decide(stream, owner.start, owner.state.selection.prompt_length, values)
-                    out.append((owner, i, values))
-                except Exception as error:
-                    _fail([owner.state], f"reading a gate at {_name(place)} failed: {error}")
-        return out
+        return read_gates(self._owners, place, lambda owner: self._stream(place, x, residual, owner.rows))
 
     def _stream(self, place: Place, x: Tensor, residual: Tensor | None, rows: slice) -> Tensor:
         """[n, d] float32, the site's activations, put together from the ranks where each holds a part."""
@@ -465,18 +402,5 @@ class Runtime:
         return self.reduce(whole)
 
 
-def _fail(states: Iterable[RequestState], message: str) -> None:
-    """To be called where an exception is handled: it becomes the requests' own, the first one of each is kept."""
-    fresh = [state for state in states if state.error is None]
-    if fresh:
-        logger.exception(message)
-    for state in fresh:
-        state.error = message
-
-
 def _flat(x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1])
-
-
-def _name(place: Place) -> str:
-    return f"layer {place.layer} {place.site.value}"

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from steersman.kernels.statistics import COSINE_BOUNDS, ENTROPY_BOUNDS, NORM_BOUNDS, PROBE_BOUNDS, RELATIVE_BOUNDS
 from steersman.server import monitoring as module
 from steersman.server.engine.monitor import OTHER, Monitor
-from steersman.server.engine.runtime import Scheduled
+from steersman.server.engine.owners import Scheduled
 from steersman.server.live.feed import Feed
 from steersman.server.monitoring import MAX_NAMES, LayerMetrics, Monitoring
 from steersman.steering.assets import Asset, parse_metadata

@@ -10,7 +10,8 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
-from steersman.server.engine.runtime import Runtime, Scheduled
+from steersman.server.engine.owners import Scheduled
+from steersman.server.engine.runtime import Runtime
 from steersman.server.engine.wire import KEY
 from steersman.steering.tokens import Ints, Prompt, Selection
 

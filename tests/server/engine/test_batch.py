@@ -9,7 +9,8 @@ from vllm.config.compilation import CUDAGraphMode
 
 from steersman.server.engine.batch import EDIT_OP, any_steered, note_requests, refuse, rows
 from steersman.server.engine.monitor import Monitor
-from steersman.server.engine.runtime import Runtime, Scheduled
+from steersman.server.engine.owners import Scheduled
+from steersman.server.engine.runtime import Runtime
 from tests.server.engine.fakes import arrival, config, step
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -18,8 +18,9 @@ from torch import Tensor
 from steersman.server.engine import captures
 from steersman.server.engine.captures import Capture, Wanted
 from steersman.server.engine.device import DevicePlans
+from steersman.server.engine.owners import Scheduled
 from steersman.server.engine.resident import Shard
-from steersman.server.engine.runtime import Runtime, Scheduled
+from steersman.server.engine.runtime import Runtime
 from steersman.server.engine.wire import make_args
 from steersman.steering.plan import Place, Plan
 from steersman.steering.tokens import Ints, Prompt, Selection

@@ -10,8 +10,9 @@ import torch
 from steersman.server.engine import runtime as module
 from steersman.server.engine.device import DevicePlans
 from steersman.server.engine.monitor import Monitor
+from steersman.server.engine.owners import Scheduled
 from steersman.server.engine.resident import Resident, Shard
-from steersman.server.engine.runtime import Runtime, Scheduled
+from steersman.server.engine.runtime import Runtime
 from steersman.server.engine.worker import _widest
 from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import Site

@@ -15,7 +15,8 @@ from torch import Tensor
 from steersman.kernels.statistics import COSINE_BOUNDS, ENTROPY_BOUNDS, NORM_BOUNDS, PROBE_BOUNDS, RELATIVE_BOUNDS
 from steersman.server.engine import monitor as module
 from steersman.server.engine.monitor import GROUPS, OTHER, Monitor
-from steersman.server.engine.runtime import Runtime, Scheduled
+from steersman.server.engine.owners import Scheduled
+from steersman.server.engine.runtime import Runtime
 from steersman.steering.plan import Place, Plan
 from tests.server.engine.plans import KINDS, OPENS, SHUT, add, gate, plan, sideways
 from tests.server.engine.toy import POST, PRE, Piece, Toy

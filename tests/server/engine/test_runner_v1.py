@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from steersman.server.engine import runner_v1
-from steersman.server.engine.runtime import Scheduled
+from steersman.server.engine.owners import Scheduled
 from tests.server.engine.fakes import Recorder, arrival, assigned, calls, config, parameters, steering, step
 
 LOOK = "vLLM changed what server/engine/runner_v1.py relies on; see its docstring"

@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from steersman.server.engine import runner_v2
-from steersman.server.engine.runtime import Scheduled
+from steersman.server.engine.owners import Scheduled
 from tests.server.engine.fakes import Recorder, arrival, assigned, calls, calls_if, config, parameters, steering, step
 
 LOOK = "vLLM changed what server/engine/runner_v2.py relies on; see its docstring"

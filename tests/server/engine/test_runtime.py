@@ -11,7 +11,8 @@ from torch import Tensor
 
 from steersman.server.engine import layout
 from steersman.server.engine import runtime as module
-from steersman.server.engine.runtime import Runtime, Scheduled
+from steersman.server.engine.owners import Scheduled
+from steersman.server.engine.runtime import Runtime
 from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import Site
 from tests.server.engine.plans import KINDS, OPENS, SHUT, add, plan

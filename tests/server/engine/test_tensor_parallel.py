@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from steersman.server.engine.device import DevicePlans
+from steersman.server.engine.owners import Scheduled
 from steersman.server.engine.resident import Shard
-from steersman.server.engine.runtime import Runtime, Scheduled
+from steersman.server.engine.runtime import Runtime
 from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import Site
 from tests.kernels import table_reader

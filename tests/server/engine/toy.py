@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steersman.server.engine.runtime import Runtime, Scheduled
+from steersman.server.engine.owners import Scheduled
+from steersman.server.engine.runtime import Runtime
 from steersman.server.engine.wire import make_args
 from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import Site
