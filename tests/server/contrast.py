@@ -59,6 +59,8 @@ class Captures:
         self.asked: list[tuple[list[int], Any]] = []
         self.most = self._running = 0
         self.hold: asyncio.Event | None = None  # what a capture waits for
+        self.together = 1  # so many captures are waited for before the first one answers
+        self._reached = asyncio.Event()
 
     async def __call__(
         self, state: Any, prompts: Sequence[Any], sites: Sequence[Site], layers: Any, tokens: Any, reduce: str
@@ -66,7 +68,11 @@ class Captures:
         assert reduce == "mean"
         self._running += 1
         self.most = max(self.most, self._running)
+        if self.most >= self.together:
+            self._reached.set()
         try:
+            if self.together > 1:
+                await asyncio.wait_for(self._reached.wait(), 20)
             await (self.hold.wait() if self.hold is not None else asyncio.sleep(0))
         finally:
             self._running -= 1

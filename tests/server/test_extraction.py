@@ -156,6 +156,7 @@ def test_sides_that_do_not_differ_have_no_direction(state: SteeringState) -> Non
 
 def test_a_few_examples_at_a_time(state: SteeringState) -> None:
     captures = Captures()
+    captures.together = extraction.CONCURRENT
     extract(state, captures, pairs=PAIRS * 4)
     assert captures.most == extraction.CONCURRENT
     assert len(captures.asked) == 48
