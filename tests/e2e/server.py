@@ -16,6 +16,8 @@ from typing import Any
 
 import httpx
 
+from tests.e2e.forked import Forked
+
 START_SECONDS = 300
 
 
@@ -24,7 +26,7 @@ class Server:
     """A running server. ``http`` has its address; ``log`` is what it printed."""
 
     http: httpx.Client
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log: Path
     store: Path
     model: str = "tiny"
@@ -65,17 +67,27 @@ def serve(
     env: Mapping[str, str] | None = None,
     name: str = "tiny",
     command: Sequence[str] | None = None,
+    forked: bool = False,
 ) -> Iterator[Server]:
-    """Starts a server and ends it, with whatever it started. ``command``: Python's arguments, for another server."""
+    """Starts a server and ends it, with whatever it started.
+
+    command: Python's arguments, for another server. forked: not as a user does, but soon (see ``forked.py``); the
+    environment then matters only where nothing reads it while it imports.
+    """
     port, log, store = free_port(), tmp / "server.log", tmp / "store"
     if command is None:
         command = ["-m", "steersman.server.cli", "serve", str(model), "--steering-store", str(store)]
-    command = [sys.executable, *command, "--port", str(port), "--served-model-name", name, *options]
+    command = [*command, "--port", str(port), "--served-model-name", name, *options]
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **variables}, process_group=0
-        )
+    variables = {**os.environ, **variables}
+    process: subprocess.Popen[bytes] | Forked
+    if not forked:
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=variables, process_group=0
+            )
+    else:
+        process = Forked.start(command[2:], variables, log)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as http:
             _wait(http, process, log)
@@ -84,7 +96,7 @@ def serve(
         _end(process)
 
 
-def _wait(http: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait(http: httpx.Client, process: subprocess.Popen[bytes] | Forked, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -98,7 +110,7 @@ def _wait(http: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> No
     raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-6000:]}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes] | Forked) -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):

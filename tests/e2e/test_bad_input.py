@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "16", "--enable-prompt-embeds"]
-    with serve(tiny_model("llama"), tmp_path_factory.mktemp("bad"), options) as server:
+    with serve(tiny_model("llama"), tmp_path_factory.mktemp("bad"), options, forked=True) as server:
         for name, changes in ASSETS.items():
             whole = {**vector(server), "name": name, **changes}
             if whole["kind"] == "profile":

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Oracle]]:
     path = tiny_model("llama")
     options = [*WIDE, "--no-enforce-eager"]
-    with serve(path, tmp_path_factory.mktemp("compiled"), options, env=DEVELOPER) as server:
+    with serve(path, tmp_path_factory.mktemp("compiled"), options, env=DEVELOPER, forked=True) as server:
         oracle = Oracle(path, {})
         assets(oracle, server, server.http.get("/v1/steering/model").json())
         yield server, oracle

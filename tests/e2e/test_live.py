@@ -63,7 +63,7 @@ class Viewer(threading.Thread):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     path = tiny_model("llama")
-    with serve(path, tmp_path_factory.mktemp("live"), OPTIONS, env=DEVELOPER) as running:
+    with serve(path, tmp_path_factory.mktemp("live"), OPTIONS, env=DEVELOPER, forked=True) as running:
         running.http.headers.update(KEY)
         random_assets(Oracle(path, {}), running)
         yield running

@@ -55,7 +55,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, O
     adapter(tmp / "adapter", merged.model)
     options = [*WIDE, "--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"tuned={tmp / 'adapter'}"]
     options.append("--enable-prompt-tokens-details")
-    with serve(path, tmp, [*options, "--block-size", "32"], env=DEVELOPER) as server:
+    with serve(path, tmp, [*options, "--block-size", "32"], env=DEVELOPER, forked=True) as server:
         random_assets(base, server)
         merged.assets.update(base.assets)
         yield server, base, merged

@@ -52,7 +52,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     more, env = RANKS[request.param]
     tmp = tmp_path_factory.mktemp("monitored")
     Store(tmp / "store").add(usual(path))
-    with serve(path, tmp, [*OPTIONS, *more], env=env) as server:
+    with serve(path, tmp, [*OPTIONS, *more], env=env, forked=True) as server:
         oracle = Oracle(path, {})
         random_assets(oracle, server)
         yield server, oracle
@@ -399,7 +399,7 @@ def lag(server: Server) -> float:
 @pytest.mark.parametrize("action", ["refuse", "cap"])
 def test_a_limit_that_is_kept(action: str, tmp_path: Path) -> None:
     options = [*WIDE, "--steering-max-relative-norm", "0.25", "--steering-dosage", action, "--steering-monitor", "off"]
-    with serve(tiny_model("llama"), tmp_path, options) as server:
+    with serve(tiny_model("llama"), tmp_path, options, forked=True) as server:
         oracle = Oracle(tiny_model("llama"), {})
         random_assets(oracle, server)
 

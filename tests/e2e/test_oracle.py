@@ -28,7 +28,7 @@ MISSING = {"gpt_neox": {"resid_mid"}, "mixtral": {"mlp_post"}}
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Oracle]]:
     path = fetch() if request.param == "smollm2" else tiny_model(request.param)
     options = ["--dtype", "float32", "--max-model-len", "256", "--max-logprobs", "-1", "--max-num-seqs", "32"]
-    with serve(path, tmp_path_factory.mktemp(request.param), options, name=request.param) as server:
+    with serve(path, tmp_path_factory.mktemp(request.param), options, name=request.param, forked=True) as server:
         yield server, Oracle(path, {})
 
 

@@ -29,7 +29,7 @@ ADD = {"op": "add", "vector": "resid_post", "scale": 1.5, "layers": [1, 2]}
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Oracle]]:
     path = tiny_model("llama")
     options = [*WIDE, "--block-size", str(BLOCK), "--enable-prompt-tokens-details"]
-    with serve(path, tmp_path_factory.mktemp("cache"), options) as server:
+    with serve(path, tmp_path_factory.mktemp("cache"), options, forked=True) as server:
         oracle = Oracle(path, {})
         random_assets(oracle, server)
         yield server, oracle

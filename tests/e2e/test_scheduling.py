@@ -53,7 +53,9 @@ ADD = {"op": "add", "vector": "resid_post", "scale": 1.5, "layers": [1, 2]}
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Oracle]]:
     path = tiny_model("llama")
     folder = tmp_path_factory.mktemp("small")
-    with serve(path, folder, OPTIONS, env={**DEVELOPER, "STEERSMAN_CAPTURES": str(folder / "captures")}) as server:
+    with serve(
+        path, folder, OPTIONS, env={**DEVELOPER, "STEERSMAN_CAPTURES": str(folder / "captures")}, forked=True
+    ) as server:
         oracle = Oracle(path, {})
         random_assets(oracle, server)
         yield server, oracle

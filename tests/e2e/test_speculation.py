@@ -28,7 +28,7 @@ GATE = {"vector": "resid_post-other", "site": "resid_post", "layer": 0, "measure
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Oracle]]:
     path = tiny_model("llama")
     options = [*WIDE, "--speculative-config", DRAFTS]
-    with serve(path, tmp_path_factory.mktemp("drafts"), options, env=DEVELOPER) as server:
+    with serve(path, tmp_path_factory.mktemp("drafts"), options, env=DEVELOPER, forked=True) as server:
         oracle = Oracle(path, {})
         random_assets(oracle, server)
         yield server, oracle

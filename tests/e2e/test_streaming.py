@@ -29,7 +29,7 @@ STEERING = {
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Oracle]]:
     path = tiny_model("llama")
     options = [*WIDE, "--no-enable-prefix-caching"]  # so that a request twice has the same report twice
-    with serve(path, tmp_path_factory.mktemp("streams"), options) as server:
+    with serve(path, tmp_path_factory.mktemp("streams"), options, forked=True) as server:
         oracle = Oracle(path, {})
         random_assets(oracle, server)
         yield server, oracle
