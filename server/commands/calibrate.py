@@ -20,10 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from steersman.clients.calibration import calibrate, save
-from steersman.clients.calibration_picture import PlotsMissing, html, png
+from steersman.clients.calibration_picture import html, png
 from steersman.clients.calibration_rules import CalibrationError
 from steersman.clients.calibration_spec import Calibration, CalibrationSpec
 from steersman.clients.jobs import read_examples
+from steersman.clients.pictures import PlotsMissing
 from steersman.clients.scorers import LEXICONS
 from steersman.clients.sdk import SteersmanError, keys
 from steersman.server.commands import remote

@@ -30,9 +30,19 @@ class Jobs:
         return httpx.Response(202, json=self.done)
 
 
+RESULT = {
+    "assets": ["calm@1"], "model": "m", "method": "pca", "site": "mlp_out", "token": -1, "layers": [3, 7],
+    "examples": {"positive": 10, "negative": 12},
+    "held_out": {
+        "positive": 2, "negative": 2, "accuracy": [0.5, 0.75], "auc": [0.5, 0.75], "d_prime": [0.1, None]
+    },
+    "norms": {"calm@1": [1.5, 2.5]}, "read_norms": [30.0, 60.0],
+}  # fmt: skip
+
+
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> Jobs:
-    found = Jobs(result={"assets": ["calm@1"], "layers": [3, 7], "held_out_auc": [0.5, 0.75]})
+    found = Jobs(result=RESULT)
     monkeypatch.setattr(remote, "client", lambda args: Steersman(args.server, transport=httpx.MockTransport(found)))
     return found
 
@@ -64,6 +74,15 @@ def test_extract_asks_for_what_the_options_say(far: Jobs, pairs: str, capsys: py
     printed = capsys.readouterr()
     assert printed.out == "calm@1\n"
     assert "held-out examples: AUC 0.750 at layer 7" in printed.err
+
+
+def test_extract_writes_and_draws_what_was_measured(far: Jobs, pairs: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = [str(part) for name in ("out", "png", "html") for part in (f"--{name}", tmp_path / f"calm.{name}")]
+    assert cli.main(["extract", "--name", "calm", "--pairs", pairs, *files]) == 0
+    assert json.loads((tmp_path / "calm.out").read_text()) == RESULT
+    assert (tmp_path / "calm.png").read_bytes()[:4] == b"\x89PNG"
+    assert "calm@1" in (tmp_path / "calm.html").read_text()
 
 
 def test_extract_from_two_files(far: Jobs, tmp_path: Path) -> None:
