@@ -44,6 +44,8 @@ def png(result: Mapping[str, Any]) -> bytes:
         length.set_yscale("log")
     length.set(xlabel="layer", ylabel="norm", title="length of the direction")
     length.legend(fontsize=8, frameon=False)
+    for axes in (share, apart, length):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     examples = result["examples"]
     figure.suptitle(
         f"{result['method']} at {result['site']} of {result['model']}: {examples['positive']} and "
