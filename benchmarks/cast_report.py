@@ -1,4 +1,4 @@
-"""Writes ``docs/conditional.md`` from ``benchmarks/results/cast.json``: no number is there that the file does not hold.
+"""Writes ``docs/conditional.md`` and its picture from ``benchmarks/results/cast.json``, and nothing that is not there.
 
 python -m benchmarks.cast_report
 """
@@ -13,7 +13,11 @@ from typing import Any
 from benchmarks.provenance import RESULTS
 from benchmarks.report import table
 
+from steersman.clients import pictures
+
 PAGE = Path(__file__).parents[1] / "docs" / "conditional.md"
+PICTURE = PAGE.parent / "images" / "conditional.png"
+CASES = {"unsteered": "unsteered", "always": "added to every prompt", "profile": "with the profile"}
 TEXT = """# Conditional steering
 
 An intervention with `when` works only where a condition holds (see [requests](requests.md)). With `"over":
@@ -59,6 +63,8 @@ default; the paper uses the mean.
 {model} on {machine}. The condition was fitted to {fit} prompts and is judged on {test} others. F1 in cross-validation
 is that of the fitted prompts; precision and recall are the server's decisions on the others.
 
+![F1 of the best threshold of each layer, and the share of answers that refuse](images/conditional.png)
+
 {gates}
 Answers of {tokens} tokens, greedy, to the {test} other prompts; the share of them that opens as a refusal does
 (`refuses` in `clients/scores.py`, a list of words). The direction is added at layer {edit_layer} with scale {scale},
@@ -103,14 +109,38 @@ def _gates(found: Mapping[str, Any]) -> str:
 
 
 def _refusals(found: Mapping[str, Any]) -> str:
-    names = {"unsteered": "unsteered", "always": "added to every prompt", "profile": "with the profile"}
-    rows = [[names[case], f"{r['harmful']:.0%}", f"{r['harmless']:.0%}"] for case, r in found["refusals"].items()]
+    rows = [[CASES[case], f"{r['harmful']:.0%}", f"{r['harmless']:.0%}"] for case, r in found["refusals"].items()]
     return table(("", "harmful prompts refused", "harmless prompts refused"), rows)
+
+
+def picture(folder: Path = RESULTS) -> bytes:
+    """PNG: the search over layers, and what came of the condition. Raises pictures.PlotsMissing."""
+    found = json.loads((folder / "cast.json").read_text())
+    figure = pictures.figure(10, 3.8)
+    search, refused = figure.subplots(1, 2)
+    for i, (over, gate) in enumerate(found["gates"].items()):
+        layers = [int(layer) for layer in gate["by_layer"]]
+        search.plot(layers, list(gate["by_layer"].values()), "o-", markersize=3, color=f"C{i}", label=over)
+        best = gate["layer"], gate["f1_cross_validated"]
+        search.plot(*([x] for x in best), "o", markersize=11, fillstyle="none", color="black")
+        search.plot([gate["layer"]], [gate["test"]["f1"]], "x", color=f"C{i}", label=f"{over}, on the other prompts")
+    search.set(xlabel="layer", ylabel="F1 of the best threshold, cross-validated", title="search for the condition")
+    search.xaxis.get_major_locator().set_params(integer=True)
+    search.legend(fontsize=8, frameon=False)
+    for i, kind in enumerate(("harmful", "harmless")):
+        rates = [found["refusals"][case][kind] for case in CASES]
+        bars = refused.bar([x + (i - 0.5) * 0.4 for x in range(len(CASES))], rates, width=0.38, label=f"{kind} prompts")
+        refused.bar_label(bars, [f"{rate:.0%}" for rate in rates], fontsize=8)
+    refused.set_xticks(range(len(CASES)), CASES.values())
+    refused.set(ylabel="share of answers that refuse", title="refusals", ylim=(0, 1.1))
+    refused.legend(fontsize=8, frameon=False)
+    return pictures.png(figure)
 
 
 def main() -> None:
     PAGE.write_text(page())
-    print(f"written to {PAGE}")
+    PICTURE.write_bytes(picture())
+    print(f"written to {PAGE} and {PICTURE}")
 
 
 if __name__ == "__main__":

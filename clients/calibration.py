@@ -51,14 +51,14 @@ async def calibrate(http: httpx.AsyncClient, spec: CalibrationSpec, progress: Pr
     """
     model = (await get(http, "/v1/models"))["data"][0]["id"]
     sampling = {} if spec.repetition_penalty == 1 else {"repetition_penalty": spec.repetition_penalty}
-    return await _Sweep(spec, Subject(http, model, **sampling), await _vector(http, spec.vector), progress).run()
+    return await _Sweep(spec, Subject(http, model, **sampling), await fetch_vector(http, spec.vector), progress).run()
 
 
 async def save(http: httpx.AsyncClient, found: Calibration) -> str:
     """Stores the recommendation as a new version of the vector; its ref. Needs the admin key where there is one."""
     best = found.best
     assert best is not None, "something is recommended"
-    vector = await _vector(http, found.vector)
+    vector = await fetch_vector(http, found.vector)
     how = (
         f"steersman {metadata.version('steersman')} calibrate: {found.settings['scorer']['by']} score "
         f"{best.effect:.4g}, unsteered {found.unsteered:.4g}; {best.damage:.3g} nats of {found.settings['damage']}"
@@ -74,7 +74,8 @@ def neutral_texts() -> list[str]:
     return found
 
 
-async def _vector(http: httpx.AsyncClient, ref: str) -> VectorAsset:
+async def fetch_vector(http: httpx.AsyncClient, ref: str) -> VectorAsset:
+    """A stored vector. Raises CalibrationError for another kind of asset."""
     exact = str((await get(http, f"/v1/steering/assets/{quote(ref, safe='@')}"))["ref"])
     return VectorAsset.of(exact, await get(http, f"/v1/steering/assets/{quote(exact, safe='@')}", format="json"))
 

@@ -55,7 +55,7 @@ class CalibrationSpec(BaseModel):
     def settings(self) -> dict[str, Any]:
         """All but the texts, of which there are hashes."""
         texts = {"prompts": self.prompts, "neutral": self.neutral}
-        hashes = {f"{name}_sha256": _sha256(given) for name, given in texts.items() if given is not None}
+        hashes = {f"{name}_sha256": sha256(given) for name, given in texts.items() if given is not None}
         return {**self.model_dump(mode="json", exclude={"vector", "neutral", "prompts"}), **hashes}
 
     @property
@@ -129,5 +129,5 @@ class Calibration:
         return out
 
 
-def _sha256(texts: list[str]) -> str:
+def sha256(texts: list[str]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()

@@ -9,6 +9,7 @@
 | a bare tensor `.pt` (EasySteer) | vector | the same |
 | pyreft folder, LoReFT | affine | the output of block L, or its input where the folder says `block_input` |
 | dictionary_learning `ae.pt` beside its `config.json` | dictionary | the output of block L |
+| Goodfire's `.pt`, maps `encoder_linear` and `decoder_linear` | dictionary | the output of block `layer`, to be given |
 | GGUF, `.svec`, safetensors, JSON | what it says | as those formats' own modules say |
 
 The result is one safetensors file whose header holds the metadata; `steersman assets add` and the upload route take it.
@@ -62,6 +63,8 @@ def from_torch(path: Path, fields: Mapping[str, Any]) -> Asset:
     if isinstance(saved, dict) and "dir" in saved and set(saved) <= {"dir", "avg_proj"}:
         return from_direction(saved, "vllm-hook", fields)
     state = isinstance(saved, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in saved.items())
+    if state and "encoder_linear.weight" in saved:
+        return saes.to_asset(saved, {"format": "goodfire", "site": Site.RESID_POST.value, **fields})
     if state and (config := path.parent / "config.json").is_file():
         stated = {"format": "dictionary_learning", "config": native.loads(config.read_bytes(), "config")}
         return saes.to_asset(saved, {**stated, **fields})

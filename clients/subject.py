@@ -15,8 +15,8 @@ from steersman.clients.scorers import TOP
 from steersman.clients.sdk import error_of
 
 CONCURRENT: Final = 32  # requests under way at once
-Edit = Mapping[str, Any] | None
-"""One intervention; None: unsteered."""
+Edit = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
+"""One intervention, or several in order; None: unsteered."""
 
 
 class Subject:
@@ -52,10 +52,11 @@ class Subject:
 
     async def _steered(self, path: str, body: dict[str, Any], edit: Edit) -> dict[str, Any]:
         """The answer, checked to be of the edit that was asked for. A default profile of the server is left out."""
-        steering = {"default": False, "interventions": [] if edit is None else [edit]}
+        edits = [] if edit is None else [edit] if isinstance(edit, Mapping) else list(edit)
+        steering = {"default": False, "interventions": edits}
         async with self._free:
             found = await post(self._http, path, {"model": self.model, **body, "steering": steering})
-        if edit is not None and not found["steering"]["interventions"][0]["tokens"]:
+        if not all(told["tokens"] for told in found["steering"]["interventions"]):
             raise CalibrationError(f"the server edited no token: {found['steering']}", "vector")
         return found
 

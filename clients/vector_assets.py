@@ -44,13 +44,15 @@ class VectorAsset:
         vector = {"inline": {**encode(drawn[None].astype(np.float32)), "layers": [layer]}}
         return {**self.edit(layer, scale), "vector": vector, "site": self.whole["site"]}
 
-    def recommending(self, layer: int, scale: float, how: str, evidence: Mapping[str, Any]) -> dict[str, Any]:
+    def recommending(
+        self, layer: int, scale: float, how: str, evidence: Mapping[str, Any], under: str = "calibration"
+    ) -> dict[str, Any]:
         """A new version, as JSON: this layer alone, with the scale and how it was found."""
         return {
             **self.whole,
             "layers": [layer],
             "recommended": {"scale": scale, "how": how},
-            "provenance": {**self.whole.get("provenance", {}), "calibration": dict(evidence)},
+            "provenance": {**self.whole.get("provenance", {}), under: dict(evidence)},
             "tensors": {"vectors": encode(self.rows[layer][None])},
         }
 

@@ -121,6 +121,7 @@ class Program:
 
     blocks: tuple[Block, ...]
     width: int
+    part_of: tuple[int, int] | None = None  # first column and width of the whole activation, of which this is a shard
     spans: tuple[tuple[int, int], ...] = field(init=False)  # rows of each block in the concatenation
 
     def __post_init__(self) -> None:
@@ -141,13 +142,11 @@ class Program:
         """
         if self.is_columnar:
             return Program(tuple(_columns_between(b, start, stop) for b in self.blocks), stop - start)
-        if self.encodes:
-            raise ValueError("a block that encodes needs the whole of x, and a rank has a part")
         blocks = (
             replace(b, write=b.write.slice(start, stop), read=b.read.slice(start, stop) if b.read else None)
             for b in self.blocks
         )
-        part = Program(tuple(blocks), stop - start)
+        part = Program(tuple(blocks), stop - start, (start, self.width))
         part.__dict__.update(reads_of_writes=self.reads_of_writes, writes_of_writes=self.writes_of_writes)
         return part
 

@@ -68,7 +68,7 @@ def _recur(
     norm = _Norm(x, program, reduce) if program.needs_norm or norms is not None else None
     for i, (block, (a, b)) in enumerate(zip(program.blocks, program.spans, strict=True)):
         if block.encode is not None:
-            t = block.encode(alpha[:, None] * x + _combine(c, program.writes)).to(x)
+            t = block.encode(_whole(alpha[:, None] * x + _combine(c, program.writes), program, reduce)).to(x)
         else:
             t = alpha[:, None] * s[:, a:b] + (c[:, None, :] * gram[a:b]).sum(-1)
         step = _gated(scalar_map(t, block), block, gates)
@@ -102,6 +102,16 @@ def _edit_columns(x: Tensor, program: Program, gates: Tensor | None, norms: Tens
         if norms is not None:
             norms[:, i] = reduce(moved.square().sum(-1)).sqrt()
     return new - x
+
+
+def _whole(x: Tensor, program: Program, reduce: Reduce) -> Tensor:
+    """The activation [n, d], of which x is this rank's part."""
+    if program.part_of is None:
+        return x
+    start, width = program.part_of
+    whole = x.new_zeros(x.shape[0], width)
+    whole[:, start : start + x.shape[1]] = x
+    return reduce(whole)
 
 
 def _alone(partial: Tensor) -> Tensor:

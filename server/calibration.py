@@ -46,14 +46,9 @@ def calibration(spec: CalibrateSpec, raw: Request) -> Work:
     """The job's work; raises now for a vector that is not there."""
     with located("vector"):
         state_of(raw.app).frontend.store.info(spec.vector)
-    app = raw.app
-    headers = {name: raw.headers[name] for name in KEYS if name in raw.headers}
 
     async def work(progress: Progress) -> Mapping[str, Any]:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(
-            transport=transport, base_url="http://server", headers=headers, timeout=None
-        ) as http:
+        async with own_client(raw) as http:
             try:
                 found = await calibrate(http, spec, progress)
             except CalibrationError as error:
@@ -62,3 +57,10 @@ def calibration(spec: CalibrateSpec, raw: Request) -> Work:
             return {"assets": stored, "calibration": found.to_json()}
 
     return work
+
+
+def own_client(raw: Request) -> httpx.AsyncClient:
+    """Of this server's own routes, with the keys of a request."""
+    headers = {name: raw.headers[name] for name in KEYS if name in raw.headers}
+    transport = httpx.ASGITransport(raw.app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://server", headers=headers, timeout=None)

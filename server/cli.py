@@ -19,6 +19,7 @@ from steersman.server.commands import (
     neurons,
     resolve,
     robot,
+    select,
     serve,
 )
 from steersman.steering.errors import SteeringError
@@ -29,6 +30,7 @@ COMMANDS = {
     "chat": chat,
     "resolve": resolve,
     "extract": extract,
+    "select": select,
     "calibrate": calibrate,
     "condition": condition,
     "neurons": neurons,

@@ -26,7 +26,7 @@ from steersman.steering.directions import chosen_layers
 from steersman.steering.errors import InvalidRequest, PayloadTooLarge, SteeringError, located
 from steersman.steering.extraction_directions import mean_shifts
 from steersman.steering.extraction_heads import find_heads, head_assets
-from steersman.steering.extraction_methods import extract, held_out_auc
+from steersman.steering.extraction_methods import HeldOut, extract, held_out
 from steersman.steering.plan import Place
 from steersman.steering.sites import ModelInfo
 from steersman.steering.spec import TokenSet
@@ -62,7 +62,11 @@ def checked_layers(spec: ExtractSpec, state: SteeringState) -> tuple[int, ...]:
 
 
 async def run(spec: ExtractSpec, state: SteeringState, capture: Capture, progress: Progress) -> dict[str, Any]:
-    """Stores what the job makes: `assets`, their refs; `layers`, which were read; `held_out_auc` of each, or None."""
+    """Stores what the job makes; its result is what `steersman.clients.extraction_picture` draws.
+
+    `assets`: refs of what was stored. With a number for each of `layers`: `held_out`, see `HeldOut`, or None; `norms`,
+    of the directions by their asset's ref, none of heads; `read_norms`, the mean norm of what was read of an example.
+    """
     layers = checked_layers(spec, state)
     sides = spec.sides()
     progress.expect(sum(map(len, sides)), "examples")
@@ -71,12 +75,28 @@ async def run(spec: ExtractSpec, state: SteeringState, capture: Capture, progres
         for examples, part in zip(sides, ("positive", "negative"), strict=True)
     ]
     try:
-        assets, auc = await asyncio.to_thread(_assets, spec, state.frontend.model, layers, positive, negative)
+        assets, told = await asyncio.to_thread(_assets, spec, state.frontend.model, layers, positive, negative)
     except ValueError as error:  # what the methods say of states that hold no direction
         raise InvalidRequest(str(error), "method") from None
     refs = [await asyncio.to_thread(state.frontend.store.add, asset) for asset in assets]
     await inventory.count(state)
-    return {"assets": refs, "layers": list(layers), "held_out_auc": auc}
+    norms = {
+        ref: asset.tensors["vectors"].norm(dim=-1).tolist()
+        for ref, asset in zip(refs, assets, strict=True)
+        if spec.method != "heads"
+    }
+    return {
+        "assets": refs,
+        "model": state.frontend.model.name,
+        "method": spec.method,
+        "site": spec.at.value,
+        "token": spec.token,
+        "examples": {"positive": len(positive), "negative": len(negative)},
+        "layers": list(layers),
+        "held_out": told and told.to_json(),
+        "norms": norms,
+        "read_norms": torch.cat([positive, negative]).norm(dim=-1).mean(0).tolist(),
+    }
 
 
 def token_ids(tokenizer: Any, prompt: Example | None, example: Example) -> tuple[list[int], int]:
@@ -160,7 +180,7 @@ def _encoded(tokenizer: Any, example: Example) -> list[int]:
 
 def _assets(
     spec: ExtractSpec, model: ModelInfo, layers: tuple[int, ...], positive: Tensor, negative: Tensor
-) -> tuple[list[Asset], list[float] | None]:
+) -> tuple[list[Asset], HeldOut | None]:
     reference = ModelRef(id=model.name, n_layers=model.n_layers, d_model=model.d_model, fingerprint=model.fingerprint)
     about = {
         "description": spec.description,
@@ -181,9 +201,9 @@ def _assets(
             positive.unflatten(-1, shape), negative.unflatten(-1, shape), layers, asked.k, direction=asked.direction
         )
         return head_assets(found, spec.name, reference, asked.alpha, provenance, **about), None
-    auc = None if spec.method == "shift" else held_out_auc(spec.method, positive, negative)
-    if auc is not None:
-        provenance["held_out_auc"] = auc
+    told = None if spec.method == "shift" else held_out(spec.method, positive, negative)
+    if told is not None:
+        provenance["held_out"] = told.to_json()
     common = {"kind": "vector", "model": reference.model_dump(mode="json"), "site": spec.at.value, **about}
 
     def asset(name: str, vectors: Tensor, **more: Any) -> Asset:
@@ -192,7 +212,7 @@ def _assets(
 
     if spec.method != "shift":
         made = extract(spec.method, positive, negative, spec.length)
-        return [asset(spec.name, made, length=spec.length)], auc
+        return [asset(spec.name, made, length=spec.length)], told
     names = [pair.group for pair in spec.pairs or ()]
     groups = sorted({name for name in names if name is not None})
     if not groups:

@@ -15,8 +15,8 @@ normalisation, z = input_scale·x,
 | basis | none: directions only (SNMF features, meta-features) |
 
 The first three and `linear` depend on one row of the encoder: they are rows of a block (`kernels/program.py`). gated:
-u > −b_gate is the same as exp(r)·u + b_mag > b_mag − exp(r)·b_gate, a threshold. `topk`, `matching_pursuit` and those
-whose input is rescaled token by token take the whole encoder (`steering/encoders.py`).
+u > −b_gate is the same as exp(r)·u + b_mag > b_mag − exp(r)·b_gate, a threshold. `topk` and `matching_pursuit` take the
+whole encoder, and those whose input is normalised token by token take that first (`steering/encoders.py`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steersman.steering import exact
 from steersman.steering.assets import Asset, DictionaryMeta
 from steersman.steering.errors import AssetCorrupt, FeatureUnreadable, NonFinite, OutOfRange
+from steersman.steering.exact import Products
+from steersman.steering.pursuit import pursue
 from steersman.steering.rows import take
 
 _ROWS = 4096  # features whose encoder is in memory at once
@@ -57,10 +60,15 @@ def check_indices(asset: Asset, indices: Sequence[int]) -> None:
 
 
 def takes_all(meta: DictionaryMeta) -> bool:
-    """Whether one feature's activation, read where the dictionary writes, takes its whole encoder."""
+    """Whether one feature's activation takes all the others'."""
+    return meta.architecture in ("topk", "matching_pursuit")
+
+
+def takes_encode(meta: DictionaryMeta) -> bool:
+    """Whether a feature's activation, read where the dictionary writes, takes more than a product and a threshold."""
     if meta.read_site is not None or meta.architecture == "basis":
         return False  # nothing there would tell it
-    return meta.architecture in ("topk", "matching_pursuit") or meta.normalize == "constant_norm_rescale"
+    return takes_all(meta) or meta.normalize != "none"
 
 
 def reads(asset: Asset, indices: Sequence[int]) -> Reads:
@@ -124,34 +132,47 @@ def encode(asset: Asset, x: Tensor) -> Tensor:
 
 
 def encoder_tensors(meta: DictionaryMeta) -> tuple[str, ...]:
-    """The tensors that :func:`activations` needs."""
+    """The tensors that :func:`activations` needs: first the matrix, then the numbers of each feature."""
     matrix = "decoder" if meta.architecture == "matching_pursuit" else "encoder"
     numbers = {"gated": ("b_gate", "b_mag", "r_mag"), "matching_pursuit": (), "jumprelu": ("b_enc", "threshold")}
     before = ("b_dec",) if meta.apply_b_dec_to_input else ()
-    return (matrix, *before, *numbers.get(meta.architecture, ("b_enc",)))
+    return (matrix, *numbers.get(meta.architecture, ("b_enc",)), *before)
 
 
 def activations(meta: DictionaryMeta, tensors: Mapping[str, Tensor], count: int, x: Tensor) -> Tensor:
     """The same of a dictionary of ``count`` features, given its :func:`encoder_tensors`."""
-    z = _normalised(meta, x.float())[0]
-    if meta.apply_b_dec_to_input:
-        z = z - tensors["b_dec"].float()
+    z = encoder_input(meta, tensors, x)
     if meta.architecture == "matching_pursuit":
-        return _pursue(z, tensors["decoder"].float(), meta)
+        return pursue(z, Products(tensors["decoder"]), meta)
     parts = [range(at, min(at + _ROWS, count)) for at in range(0, count, _ROWS)]
     out = torch.cat([z @ take(tensors, "encoder", part).float().T for part in parts], dim=1)
-    if meta.architecture == "gated":
-        b_gate, b_mag, r_mag = (tensors[name].float() for name in ("b_gate", "b_mag", "r_mag"))
-        return torch.where(out + b_gate > 0, (r_mag.exp() * out + b_mag).relu(), 0)
-    out += tensors["b_enc"].float()
-    if meta.architecture == "linear":
+    out = activated(meta, tensors, out)
+    if meta.architecture != "topk":
         return out
-    if meta.architecture == "topk":
-        assert meta.k is not None
-        values, chosen = out.topk(min(meta.k, count), dim=1)
-        return torch.zeros_like(out).scatter_(1, chosen, values.relu())
-    floor = tensors["threshold"].float().clamp_min(0) if meta.architecture == "jumprelu" else 0.0
-    return torch.where(out > floor, out, 0)
+    assert meta.k is not None
+    values, chosen = out.topk(min(meta.k, count), dim=1)
+    return torch.zeros_like(out).scatter_(1, chosen, values)
+
+
+def encoder_input(meta: DictionaryMeta, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """[n, d] float32, what the encoder's rows are multiplied with, for x [n, d]. A row's bits are its own."""
+    z = _normalised(meta, x.float())[0]
+    return z - tensors["b_dec"].float() if meta.apply_b_dec_to_input else z
+
+
+def activated(meta: DictionaryMeta, numbers: Mapping[str, Tensor], dots: Tensor) -> Tensor:
+    """The activations of features from their products [n, k]; of topk those that they have if they are chosen.
+
+    numbers: biases, gains and thresholds [k] of these features.
+    """
+    if meta.architecture == "gated":
+        b_gate, b_mag, r_mag = (numbers[name].to(dots) for name in ("b_gate", "b_mag", "r_mag"))
+        return torch.where(dots + b_gate > 0, (r_mag.exp() * dots + b_mag).relu(), 0)
+    p = dots + numbers["b_enc"].to(dots)
+    if meta.architecture == "linear":
+        return p
+    floor = numbers["threshold"].to(dots).clamp_min(0) if meta.architecture == "jumprelu" else 0.0
+    return torch.where(p > floor, p, 0)
 
 
 def decode(asset: Asset, activations: Tensor, x: Tensor) -> Tensor:
@@ -183,52 +204,26 @@ def _rows(asset: Asset, name: str, indices: Sequence[int]) -> Tensor:
 def _normalised(meta: DictionaryMeta, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
     """z, and the shift and scale that take a reconstruction of z back to x."""
     if meta.normalize == "constant_norm_rescale":
-        scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        scale = (exact.pairs(x, x) / x.shape[1]).sqrt()[:, None].float()
         return x / scale, 0.0, scale
     if meta.normalize == "layer_norm":
-        mean, deviation = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
-        return (x - mean) / (deviation + 1e-5), mean, deviation
+        mean = (exact.dots(x, x.new_ones(1, x.shape[1])) / x.shape[1]).float()
+        centred = x - mean
+        deviation = (exact.pairs(centred, centred) / (x.shape[1] - 1)).sqrt()[:, None].float()
+        return centred / (deviation + 1e-5), mean, deviation
     return x * meta.input_scale, 0.0, 1 / meta.input_scale
 
 
-def _pursue(residual: Tensor, decoder: Tensor, meta: DictionaryMeta) -> Tensor:
-    """Matching pursuit: each token ends when its support or its residual stops changing, or after `max_iterations`."""
-    out = residual.new_zeros(len(residual), len(decoder))
-    support = torch.zeros_like(out, dtype=torch.bool)
-    done = torch.zeros(len(residual), dtype=torch.bool)
-    for _ in range(meta.max_iterations or residual.shape[1]):
-        best = (residual @ decoder.T).relu().argmax(dim=1)
-        atoms = decoder[best]
-        value = torch.where(done, 0, (residual * atoms).sum(-1).relu())
-        out[torch.arange(len(out)), best] += value
-        residual = residual - value[:, None] * atoms
-        if meta.stop_on_duplicate_support:
-            done = done | (support == (out != 0)).all(dim=1)
-            support = out != 0
-        if meta.residual_threshold > 0:
-            done = done | (residual.norm(dim=-1) < meta.residual_threshold)
-        if done.all():
-            break
-    return out
-
-
 def _refuse_unreadable(asset: Asset, meta: DictionaryMeta) -> None:
-    why = None
+    """One row of the encoder must tell a feature: callers have asked :func:`takes_encode`."""
     if meta.read_site is not None:
         why = (
             f"is a transcoder: it reads {meta.read_site} and writes {meta.site.value}, and edits read where they write"
         )
     elif meta.architecture == "basis":
         why = "has directions only and no encoder"
-    elif meta.architecture in ("topk", "matching_pursuit"):
-        count = asset.shapes["decoder"][0]
-        why = f"is {meta.architecture}: one feature's activation takes all {count} of them, for every token"
-    elif meta.normalize != "none":
-        why = f"normalises each token ({meta.normalize}), which one row does not"
-    if why is not None:
-        hint = f"use {_ADD}, which needs no activation"
-        if takes_all(meta):
-            hint = 'gates and probes read one row; op "feature" encodes them all'
-        if meta.architecture == "topk":
-            hint += ", and a JumpReLU export of it has its own threshold"
-        raise FeatureUnreadable(f"{asset.ref} {why}; {hint}")
+    elif takes_encode(meta):
+        why = "is encoded token by token, which one row of it does not tell"
+    else:
+        return
+    raise FeatureUnreadable(f"{asset.ref} {why}; use {_ADD}, which needs no activation")

@@ -5,16 +5,17 @@ States are [n, L, d] float32; see ``extraction_directions`` for what each method
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from steersman.steering import extraction_directions as directions
 from steersman.steering.extraction import difference_of_means
-from steersman.steering.extraction_layers import separation
+from steersman.steering.extraction_layers import Separation, separation
 
 Length = Literal["gap", "unit"]
 HELD_OUT: Final = 5  # every fifth example
@@ -54,15 +55,42 @@ def extract(method: str, positive: Tensor, negative: Tensor, length: Length = "g
     return directions.scaled_to_gap(made, positive, negative)
 
 
-def held_out_auc(method: str, positive: Tensor, negative: Tensor) -> list[float] | None:
-    """[L], how well directions made without every fifth example tell these apart: 0.5 is chance, 1 perfect.
+@dataclass(frozen=True)
+class HeldOut:
+    """How well directions made without every fifth example tell these apart, layer by layer."""
 
-    The chance that a held-out positive lies above a held-out negative. None with fewer than ten examples on a side.
-    """
+    positive: int  # examples held out
+    negative: int
+    accuracy: Tensor  # [L] share on their side of the middle between the seen means, either side counting half
+    separation: Separation  # d′, and the chance that a positive lies above a negative
+
+    def to_json(self) -> dict[str, Any]:
+        """d′ is None where the examples of a side do not vary along the direction."""
+        d_prime = [d if math.isfinite(d) else None for d in self.separation.d_prime.tolist()]
+        return {
+            "positive": self.positive,
+            "negative": self.negative,
+            "accuracy": self.accuracy.tolist(),
+            "auc": self.separation.auc.tolist(),
+            "d_prime": d_prime,
+        }
+
+
+def held_out(method: str, positive: Tensor, negative: Tensor) -> HeldOut | None:
+    """None with fewer than ten examples on a side."""
     if min(len(positive), len(negative)) < MIN_HELD_OUT:
         return None
     seen, unseen = zip(*(_split(side) for side in (positive, negative)), strict=True)
-    return [float(value) for value in separation(METHODS[method].make(*seen), *unseen).auc]
+    made = METHODS[method].make(*seen)
+    middle = sum(_along(made, side).mean(0) for side in seen) / 2
+    p, n = (_along(made, side) for side in unseen)
+    accuracy = ((p > middle).double().mean(0) + (n < middle).double().mean(0)) / 2
+    return HeldOut(len(p), len(n), accuracy, separation(made, *unseen))
+
+
+def _along(directions: Tensor, states: Tensor) -> Tensor:
+    """[n, L] float64."""
+    return (states.double() * directions.double()).sum(-1)
 
 
 def _split(states: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,13 +91,14 @@ class GateRead:
     """A gate: a coordinate of one place, compared with bounds. Read before that place's own edits."""
 
     place: Place
-    direction: Tensor  # [d] float32; unit, or a feature's encoder
+    direction: Tensor | None  # [d] float32; unit, or a feature's encoder; None: ``encode`` reads
     measure: str  # "cosine" | "projection" | "feature"
     above: float | None
     below: float | None
     over: str  # "token" | "prompt_mean" | "last_prompt"
     hold: bool
     activation: Activation | None = None  # of measure "feature"
+    encode: FeatureEncode | None = None  # of a feature that takes more than a product
 
     @property
     def needs_whole_prompt(self) -> bool:
@@ -115,8 +116,17 @@ class ProbeRead:
 
     probe: int
     place: Place
-    direction: Tensor  # [d] float32; unit, or a feature's encoder
+    direction: Tensor | None  # [d] float32; unit, or a feature's encoder; None: ``encode`` reads
     activation: Activation | None = None  # of a feature
+    encode: FeatureEncode | None = None  # of a feature that takes more than a product
+
+
+class Encoding(NamedTuple):
+    """A dictionary's encode that a plan has made, and what for."""
+
+    place: Place
+    use: str  # "edit": of each token that it edits; "gate", "probe": of each that it reads
+    encode: FeatureEncode
 
 
 @dataclass(frozen=True)
@@ -181,14 +191,24 @@ class Plan:
         return dots
 
     @cached_property
-    def encodes(self) -> tuple[tuple[Place, FeatureEncode], ...]:
-        """The whole encodes that it makes for each token that it edits, in the order of a pass."""
-        return tuple(
-            (place, block.encode)
-            for place in sorted(self.blocks, key=lambda p: p.order)
-            for block in self.blocks[place]
-            if isinstance(block.encode, FeatureEncode)
-        )
+    def encodes(self) -> tuple[Encoding, ...]:
+        """The encodes that it makes, in the order of a pass."""
+        found = [Encoding(g.place, "gate", g.encode) for g in self.gates if g.encode is not None]
+        for place, blocks in self.blocks.items():
+            found += [Encoding(place, "edit", b.encode) for b in blocks if isinstance(b.encode, FeatureEncode)]
+        found += [Encoding(place, "probe", encode) for place, all_ in self.probe_encodes.items() for _, encode in all_]
+        return tuple(sorted(found, key=lambda e: e.place.order))
+
+    @cached_property
+    def probe_encodes(self) -> dict[Place, list[tuple[list[int], FeatureEncode]]]:
+        """At each place whose probes encode: (which of the probes, their encode), one for each dictionary."""
+        found: dict[Place, dict[str, tuple[list[int], FeatureEncode]]] = {}
+        for column, probe in enumerate(self.probes):
+            if (encode := probe.encode) is not None:
+                at = found.setdefault(probe.place, {})
+                columns, known = at.get(encode.sha256, ([], None))
+                at[encode.sha256] = [*columns, column], encode if known is None else known.plus(encode)
+        return {place: list(at.values()) for place, at in found.items()}
 
     @property
     def selectors(self) -> list[Tokens]:
@@ -240,10 +260,9 @@ class Plan:
                 for place in sorted(self.blocks, key=lambda p: p.order)
             ],
             "gates": [
-                [*_flat(g.place), put(g.direction), g.measure, g.above, g.below, g.over, g.hold, _pack_read(g)]
-                for g in self.gates
+                [*_flat(g.place), _pack_read(g, put), g.measure, g.above, g.below, g.over, g.hold] for g in self.gates
             ],
-            "probes": [[p.probe, *_flat(p.place), put(p.direction), _pack_read(p)] for p in self.probes],
+            "probes": [[p.probe, *_flat(p.place), _pack_read(p, put)] for p in self.probes],
             "probe_names": list(self.probe_names),
         }
         if not tensors:
@@ -268,8 +287,8 @@ class Plan:
             },
             gates=tuple(_unpack_gate(gate, tensors) for gate in header["gates"]),
             probes=tuple(
-                ProbeRead(i, Place(layer, Site(site)), tensors[t], _unpack_read(read))
-                for i, layer, site, t, read in header["probes"]
+                ProbeRead(i, Place(layer, Site(site)), **_unpack_read(read, tensors))
+                for i, layer, site, read in header["probes"]
             ),
             probe_names=tuple(header["probe_names"]),
         )
@@ -329,18 +348,26 @@ def _unpack_step(data: list[Any]) -> Step:
     return Step(op, tuple(layers), site and Site(site), selector, tuple(assets), path, gate, places)
 
 
-def _pack_read(read: GateRead | ProbeRead) -> list[float | None] | None:
-    return None if read.activation is None else [read.activation.bias, read.activation.threshold]
+def _pack_read(read: GateRead | ProbeRead, put: Any) -> dict[str, Any]:
+    """How a number is read off a place."""
+    if read.encode is not None:
+        return {"encode": read.encode.to_json()}
+    activation = None if read.activation is None else [read.activation.bias, read.activation.threshold]
+    return {"direction": put(read.direction), "activation": activation}
 
 
-def _unpack_read(data: list[Any] | None) -> Activation | None:
-    return None if data is None else Activation(*data)
+def _unpack_read(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    if "encode" in data:
+        return {"direction": None, "encode": FeatureEncode.from_json(data["encode"])}
+    activation = None if data["activation"] is None else Activation(*data["activation"])
+    return {"direction": tensors[data["direction"]], "activation": activation}
 
 
 def _unpack_gate(data: list[Any], tensors: Mapping[str, Tensor]) -> GateRead:
-    layer, site, direction, measure, above, below, over, hold, read = data
-    place = Place(layer, Site(site))
-    return GateRead(place, tensors[direction], measure, above, below, over, hold, _unpack_read(read))
+    layer, site, read, *condition = data
+    names = ("measure", "above", "below", "over", "hold")
+    parts = dict(zip(names, condition, strict=True))
+    return GateRead(Place(layer, Site(site)), **_unpack_read(read, tensors), **parts)
 
 
 def _pack_rows(rows: Rows | None, put: Any) -> list[Any] | None:

@@ -294,7 +294,7 @@ class _Builder:
         reads, encode = None, None
         if given.mode != "add" or given.only_if_active:
             with located("only_if_active" if given.mode == "add" else "mode"):
-                if dictionaries.takes_all(meta):
+                if dictionaries.takes_encode(meta):
                     encode = FeatureEncode.of(asset, given.indices)
                 else:
                     reads = dictionaries.reads(asset, given.indices)
@@ -302,7 +302,7 @@ class _Builder:
 
         def make(i: int, layer: int, width: int, flags: dict[str, Any]) -> Block:
             with located("dictionary"):
-                _as_wide(asset, write, width, layer)
+                _as_wide(asset, write.shape[1], width, layer)
             return lower.feature(
                 i, write, reads, given.mode, given.values, given.only_if_active, relative, encode, **flags
             )
@@ -319,8 +319,8 @@ class _Builder:
 
     def _read_feature(
         self, ref: str, index: int, site: Site | None, layers: spec.Layers | None, field: str = "layers"
-    ) -> tuple[str, Place, torch.Tensor, Activation]:
-        """A feature that is only read: its name, place, encoder [d] and activation function."""
+    ) -> tuple[str, Place, dict[str, Any]]:
+        """A feature that is only read: its name, its place and how it is read there."""
         with located("dictionary"):
             asset, meta = self.library.dictionary(ref)
         site, (layer,) = self._of_dictionary(asset, meta, site, layers, field)
@@ -328,11 +328,15 @@ class _Builder:
             dictionaries.check_indices(asset, [index])
         with located("dictionary"):
             width = self.model.width(site, layer)
+            if dictionaries.takes_encode(meta):
+                encode = FeatureEncode.of(asset, [index])
+                _as_wide(asset, encode.width, width, layer)
+                return f"{asset.ref}#{index}", Place(layer, site), {"direction": None, "encode": encode}
             reads = dictionaries.reads(asset, [index])
-            _as_wide(asset, reads.direction, width, layer)
+            _as_wide(asset, reads.direction.shape[1], width, layer)
         threshold = float(reads.threshold[0])
         activation = Activation(float(reads.bias[0]), None if threshold == NEVER else threshold)
-        return f"{asset.ref}#{index}", Place(layer, site), reads.direction[0], activation
+        return f"{asset.ref}#{index}", Place(layer, site), {"direction": reads.direction[0], "activation": activation}
 
     def _neurons(self, given: spec.Neurons) -> tuple[Any, ...]:
         tokens: object = None
@@ -394,21 +398,21 @@ class _Builder:
         return given.site or meta.site, layers, [asset.ref], meta.tokens, make
 
     def _gate(self, given: spec.Gate, places: list[Place]) -> int:
-        measure, activation = given.measure, None
+        measure = given.measure
         if given.dictionary is not None:
             assert given.index is not None
-            read = self._read_feature(given.dictionary, given.index, given.site, given.layer, "layer")
-            measure, (_, place, direction, activation) = "feature", read
+            found = self._read_feature(given.dictionary, given.index, given.site, given.layer, "layer")
+            measure, (_, place, read) = "feature", found
         else:
             assert given.vector is not None
             assert given.layer is not None
             with located("vector"):
-                found = self.library.vector(given.vector)
-            place = Place(given.layer, given.site or found.site or Site.RESID_POST)
+                vector = self.library.vector(given.vector)
+            place = Place(given.layer, given.site or vector.site or Site.RESID_POST)
             with located(self._blame(place.site, "layer")):
                 width = self.model.width(place.site, place.layer)
             with located("vector"):
-                direction = lower.unit(found.one(place.layer, width))[0]
+                read = {"direction": lower.unit(vector.one(place.layer, width))[0]}
         late = [p for p in places if p.order <= place.order]
         if given.over == "token" and late:
             raise GateOrder(
@@ -417,17 +421,18 @@ class _Builder:
                 "layer",
             )
         self.gates.append(
-            GateRead(place, direction, measure, given.above, given.below, given.over, given.hold, activation)
-        )
+            GateRead(
+                place, **read, measure=measure,
+                above=given.above, below=given.below, over=given.over, hold=given.hold,
+            )
+        )  # fmt: skip
         return len(self.gates) - 1
 
     def _probe(self, given: spec.Probe) -> None:
         if given.dictionary is not None:
             assert given.index is not None
-            name, place, encoder, activation = self._read_feature(
-                given.dictionary, given.index, given.site, given.layers
-            )
-            self.probes.append(ProbeRead(len(self.probe_names), place, encoder, activation))
+            name, place, read = self._read_feature(given.dictionary, given.index, given.site, given.layers)
+            self.probes.append(ProbeRead(len(self.probe_names), place, **read))
             self.probe_names.append(name)
             return
         assert given.vector is not None
@@ -465,9 +470,9 @@ def _by_layer(pairs: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
     return dict(out)
 
 
-def _as_wide(asset: Asset, rows: torch.Tensor, width: int, layer: int) -> None:
-    if rows.shape[1] != width:
-        raise WidthMismatch(f"{asset.ref} is {rows.shape[1]} wide, the site is {width} wide at layer {layer}")
+def _as_wide(asset: Asset, own: int, width: int, layer: int) -> None:
+    if own != width:
+        raise WidthMismatch(f"{asset.ref} is {own} wide, the site is {width} wide at layer {layer}")
 
 
 def _inside(indices: list[int], count: int, what: str, layer: int) -> None:

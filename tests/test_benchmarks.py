@@ -15,6 +15,16 @@ def test_the_page_is_written_from_the_result_files() -> None:
     assert cast_report.PAGE.read_text() == cast_report.page(), "run python -m benchmarks.cast_report"
 
 
+def test_the_picture_of_conditions_is_drawn_from_the_result_file(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = cast_report.picture()
+    assert drawn[:4] == cast_report.PICTURE.read_bytes()[:4] == b"\x89PNG"
+    found = json.loads((RESULTS / "cast.json").read_text())
+    found["refusals"]["profile"]["harmless"] = 0.9
+    (tmp_path / "cast.json").write_text(json.dumps(found))
+    assert cast_report.picture(tmp_path) != drawn
+
+
 def test_the_page_of_calibration_says_what_its_result_file_says() -> None:
     found = json.loads((RESULTS / "calibration.json").read_text())
     text = calibration.PAGE.read_text(encoding="utf-8")

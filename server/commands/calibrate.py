@@ -20,10 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from steersman.clients.calibration import calibrate, save
-from steersman.clients.calibration_picture import PlotsMissing, html, png
+from steersman.clients.calibration_picture import html, png
 from steersman.clients.calibration_rules import CalibrationError
 from steersman.clients.calibration_spec import Calibration, CalibrationSpec
 from steersman.clients.jobs import read_examples
+from steersman.clients.pictures import PlotsMissing
 from steersman.clients.scorers import LEXICONS
 from steersman.clients.sdk import SteersmanError, keys
 from steersman.server.commands import remote
@@ -88,22 +89,23 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
 async def _calibrate(args: argparse.Namespace, spec: CalibrationSpec) -> tuple[Calibration, str | None]:
     headers = keys(args.api_key, args.admin_key)
     async with httpx.AsyncClient(base_url=args.server, headers=headers, timeout=600) as http:
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-        ) as bar:
-            found = await calibrate(http, spec, _Bar(bar))
+        with bar() as shown:
+            found = await calibrate(http, spec, Bar(shown))
         stored = None if args.no_store or found.best is None else await save(http, found)
     return found, stored
 
 
-class _Bar:
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
-        self._task = bar.add_task("measuring", total=None)
+def bar() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=Console(stderr=True))
+
+
+class Bar:
+    """A measurement's progress, in the terminal."""
+
+    def __init__(self, shown: Progress) -> None:
+        self._bar = shown
+        self._task = shown.add_task("measuring", total=None)
 
     def expect(self, total: int, unit: str) -> None:
         self._bar.update(self._task, total=total, description=unit)

@@ -7,6 +7,7 @@ line. The result is stored on the server, and its name and version printed.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +16,9 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from steersman.clients.extraction_picture import html, png
 from steersman.clients.jobs import JobFailed, PromptAs, follow, read_examples, read_pairs
+from steersman.clients.pictures import PlotsMissing
 from steersman.clients.sdk import SteersmanError
 from steersman.server.commands import remote
 from steersman.steering.extraction_methods import METHODS
@@ -41,6 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, metavar="K", help="of method heads: how many to choose")
     parser.add_argument("--description", default="")
     parser.add_argument("--licence", default="")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="the job's result: what was measured by layer")
+    parser.add_argument("--png", type=Path, help="picture of it (needs the extra 'plots')")
+    parser.add_argument("--html", type=Path, help="page with picture and numbers (needs the extra 'plots')")
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -57,8 +63,17 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise SystemExit(f"steersman extract: {error}") from None
     for ref in result["assets"]:
         print(ref)
-    if result["held_out_auc"]:
-        Console(stderr=True).print(f"[dim]{_separation(result['layers'], result['held_out_auc'])}[/dim]")
+    if result["held_out"]:
+        Console(stderr=True).print(f"[dim]{_separation(result['layers'], result['held_out']['auc'])}[/dim]")
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    try:
+        if args.png is not None:
+            args.png.write_bytes(png(result))
+        if args.html is not None:
+            args.html.write_text(html(result), encoding="utf-8")
+    except (PlotsMissing, ValueError) as error:
+        raise SystemExit(f"steersman extract: {error}") from None
     return 0
 
 

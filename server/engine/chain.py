@@ -104,7 +104,7 @@ def singles(program: Program) -> list[Program]:
     if found is None:
         found = []
         for block, (a, b) in zip(program.blocks, program.spans, strict=True):
-            single = Program((block,), program.width)
+            single = Program((block,), program.width, program.part_of)
             if not single.is_columnar:
                 single.__dict__.update(
                     reads_of_writes=program.reads_of_writes[a:b, a:b],

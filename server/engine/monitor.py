@@ -165,6 +165,7 @@ class Monitor:
         for read in plan.probes:
             names, directions = found.setdefault(read.place, ([], []))
             names.append(_unversioned(plan.probe_names[read.probe]))
+            assert read.direction is not None, "probes of all requests are vectors"
             directions.append(read.direction)
         with self._lock:
             self._watched = {place: (names, torch.stack(d)) for place, (names, d) in found.items()}

@@ -1,4 +1,7 @@
-"""Reading the probes of all requests in a pass: one product for each plan and place, handed out when the pass ends."""
+"""Reading the probes of all requests in a pass: one product, or encode, for each plan and place.
+
+What was read is handed out when the pass ends.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 from steersman.kernels.reference import Reduce
+from steersman.server.engine.owners import fail
 from steersman.server.engine.requests import RequestState
 from steersman.server.engine.resident import Resident, Shard
 from steersman.server.engine.traces import Values
@@ -57,12 +61,21 @@ class Probing:
         """Reads one place of ``x`` [T, d] after its edits; where ranks hold a part each, their parts are added up."""
         for plan in self._plans:
             found = plan.resident.probes.get(place)
-            if found is None:
+            encodes = plan.resident.plan.probe_encodes.get(place, ())
+            if found is None and not encodes:
                 continue
-            columns, directions = found
             own = x[plan.rows].float()
             if residual is not None:
                 own = own + residual[plan.rows].float()
+            if encodes:
+                whole = own if shard is None else shard.gathered(own, reduce)
+                try:
+                    plan.read += [(columns, encode(whole)) for columns, encode in encodes]
+                except Exception as error:
+                    fail([reader.state for reader in plan.readers], f"a probe's encode at {place.name} failed: {error}")
+            if found is None:
+                continue
+            columns, directions = found
             if shard is not None and reduce is not None:
                 values = reduce(own @ directions[:, shard.start : shard.stop].T.to(own.device))
             else:

@@ -71,7 +71,7 @@ class GateState:
         if self.read.over == "last_prompt":
             return bool(self._holds(x[last][None])[0]) if last < len(x) else None
         if self.total is None:
-            self.total = torch.zeros(x.shape[1], dtype=torch.float64)
+            self.total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
         self._no_gap(start)
         new = x[self.seen - start : last + 1]  # what a preempted request computes again was added already
         self.total += new.double().sum(0)  # in float64 chunks of any size have the same sum
@@ -84,7 +84,11 @@ class GateState:
 
     def _holds(self, x: Tensor) -> Tensor:
         """[n] whether the condition holds for each row of x [n, d]."""
-        value = (x * self.read.direction).sum(-1)
+        if self.read.encode is not None:
+            value = self.read.encode(x)[:, 0]
+        else:
+            assert self.read.direction is not None, "a gate reads a direction or encodes"
+            value = (x * self.read.direction.to(x.device)).sum(-1)
         if self.read.measure == "cosine":
             value = value / (x * x).sum(-1).sqrt().clamp_min(1e-30)
         if self.read.activation is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from steersman.kernels.program import Program
+from steersman.kernels.reference import Reduce
 from steersman.server.engine.chain import Chain, Injected, chain
 from steersman.steering.errors import CapacityExceeded
 from steersman.steering.plan import Place, Plan
@@ -29,6 +30,14 @@ class Shard:
     start: int
     stop: int
     width: int  # of the whole
+
+    def gathered(self, own: Tensor, reduce: Reduce | None) -> Tensor:
+        """[n, width] the activation, from what each rank has of it; ``own`` [n, stop - start] is this one's."""
+        if reduce is None:
+            raise ValueError("a rank has a part of the activation, and nothing adds the parts up")
+        whole = own.new_zeros(len(own), self.width)
+        whole[:, self.start : self.stop] = own
+        return reduce(whole)
 
 
 @dataclass(eq=False)
@@ -50,14 +59,14 @@ class Resident:
 
     @cached_property
     def probes(self) -> dict[Place, tuple[list[int], Tensor]]:
-        """At each place that probes read: which of the plan's reads these are, and their directions [k, d]."""
-        found: dict[Place, list[int]] = {}
+        """At each place that probes read by a product: which of the plan's they are, and their directions [k, d]."""
+        found: dict[Place, tuple[list[int], list[Tensor]]] = {}
         for column, probe in enumerate(self.plan.probes):
-            found.setdefault(probe.place, []).append(column)
-        return {
-            place: (columns, torch.stack([self.plan.probes[c].direction for c in columns]))
-            for place, columns in found.items()
-        }
+            if probe.direction is not None:
+                columns, directions = found.setdefault(probe.place, ([], []))
+                columns.append(column)
+                directions.append(probe.direction)
+        return {place: (columns, torch.stack(directions)) for place, (columns, directions) in found.items()}
 
     def programs(self, mask: int) -> dict[Place, Program]:
         """The programs of the interventions in ``mask``, by place."""
@@ -126,7 +135,7 @@ class ResidentPlans:
         plan = Plan.from_bytes(data)
         resident = self.get(plan.id)
         if resident is None:
-            size = len(data) + sum({e.sha256: e.nbytes for _, e in plan.encodes}.values())
+            size = len(data) + sum({e.encode.key: e.encode.nbytes for e in plan.encodes}.values())
             self._make_room(size)
             self.on_load(plan)
             resident = self._plans[plan.id] = Resident(plan, size, self.shards)

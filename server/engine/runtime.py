@@ -395,11 +395,7 @@ class Runtime:
         if residual is not None:
             own = own + residual[rows].float()
         shard = self.shards.get(place)
-        if shard is None or self.reduce is None:
-            return own
-        whole = own.new_zeros(len(own), shard.width)
-        whole[:, shard.start : shard.stop] = own
-        return self.reduce(whole)
+        return own if shard is None else shard.gathered(own, self.reduce)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -56,9 +56,7 @@ class WorkerSteering:
             limit=settings.max_plans,
         )
         self.runtime.keeps = self.leads
-        encoders = Encoders(
-            lambda ref: Store(settings.store).get(ref), self.runtime.shards, worker.device.type == "cpu"
-        )
+        encoders = Encoders(lambda ref: Store(settings.store).get(ref), worker.device)
         self.runtime.plans.on_load = encoders.load
         if settings.max_relative_norm is not None:
             self.runtime.dosage = Dosage(settings.max_relative_norm, settings.dosage)

@@ -17,12 +17,14 @@ from steersman.server.answers import Json
 from steersman.server.calibration import CalibrateSpec, calibration
 from steersman.server.extraction_spec import ExtractSpec
 from steersman.server.jobs import Progress, Work
+from steersman.server.selection import SelectSpec, selection
 from steersman.server.state import state_of
 from steersman.steering import errors
 from steersman.steering.spec import json_path
 
-JobSpec = Annotated[ExtractSpec | CalibrateSpec, Field(discriminator="kind")]
-_JOBS: TypeAdapter[ExtractSpec | CalibrateSpec] = TypeAdapter(JobSpec)
+AnyJob = ExtractSpec | CalibrateSpec | SelectSpec
+JobSpec = Annotated[AnyJob, Field(discriminator="kind")]
+_JOBS: TypeAdapter[AnyJob] = TypeAdapter(JobSpec)
 _BODY = {"requestBody": {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/SteeringJob"}}}}}
 router = APIRouter(prefix="/v1/steering/jobs")
 
@@ -35,8 +37,10 @@ async def submit(raw: Request) -> Response:
     if isinstance(spec, ExtractSpec):
         extraction.checked_layers(spec, state)
         work = _extraction(spec, raw)
-    else:
+    elif isinstance(spec, CalibrateSpec):
         work = await asyncio.to_thread(calibration, spec, raw)
+    else:
+        work = await asyncio.to_thread(selection, spec, raw)
     return Json(state.jobs.submit(spec.kind, spec.name, work).to_json(), 202)
 
 
@@ -69,7 +73,7 @@ def describe(schemas: dict[str, Any]) -> None:
     schemas["SteeringJob"] = whole
 
 
-def parse(body: bytes) -> ExtractSpec | CalibrateSpec:
+def parse(body: bytes) -> AnyJob:
     """The job that a body asks for; raises a SteeringError that names the bad field."""
     try:
         data = json.loads(body)
@@ -87,7 +91,7 @@ def _explain(error: ValidationError, data: Mapping[str, Any]) -> errors.Steering
     """The complaint that lies deepest in the data: a union complains once for each of its members."""
     found = error.errors(include_url=False, include_context=False)
     if not found[0]["loc"]:
-        return errors.InvalidRequest("must be one of extract, calibrate", "kind")
+        return errors.InvalidRequest("must be one of extract, calibrate, select", "kind")
     kinds = [(e, "" if e["type"].startswith("union_tag") else e["type"]) for e in found]
     path, first = max(
         ((json_path("", data, e["loc"][1:], kind), e) for e, kind in kinds), key=lambda each: len(each[0])

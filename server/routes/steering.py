@@ -106,7 +106,8 @@ def _describe(plan: Plan) -> dict[str, Any]:
             "rows": rows,
             "bytes": len(plan.to_bytes()),
             "encodes": [
-                {"layer": place.layer, "site": place.site.value, **encode.cost()} for place, encode in plan.encodes
+                {"for": use, "layer": place.layer, "site": place.site.value, **encode.cost()}
+                for place, use, encode in plan.encodes
             ],
         },
         "warnings": list(plan.warnings),

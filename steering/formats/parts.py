@@ -62,6 +62,17 @@ def number(config: Mapping[str, Any], name: str, kind: type[N], param: str = "co
     return kind(value)  # type: ignore[arg-type]
 
 
+def stated_scale(config: Mapping[str, Any]) -> float:
+    """`input_scale`, where a file's dictionary scales its input and does not say by what."""
+    if "input_scale" not in config:
+        raise InvalidRequest(
+            "the activations were scaled by a number that the file does not state: give config.input_scale, √d over "
+            "the mean norm of the activations, or 1 where it has been folded into the weights",
+            "config.input_scale",
+        )
+    return number(config, "input_scale", float)
+
+
 def flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
     value = config.get(name, default)
     if not isinstance(value, bool):

@@ -16,7 +16,7 @@ from torch import Tensor
 from steersman.steering.assets import Asset, DictionaryMeta
 from steersman.steering.errors import AssetKindMismatch, InvalidRequest
 from steersman.steering.formats.hook_names import lens_name, parse
-from steersman.steering.formats.parts import Parts, flag, matrix, number, row, take_only, text
+from steersman.steering.formats.parts import Parts, flag, matrix, number, row, stated_scale, take_only, text
 
 VERSION: Final = "6.0.0"  # of the configuration that is written
 _OLD_NAMES: Final = {
@@ -129,13 +129,7 @@ def _normalisation(config: Mapping[str, Any]) -> dict[str, Any]:
         return {"normalize": stated}
     if stated not in (True, "expected_average_only_in"):
         raise InvalidRequest(f"'{stated!s:.64}' is not known", "config.normalize_activations")
-    if "input_scale" not in config:
-        raise InvalidRequest(
-            "the activations were scaled by a number that the file does not state: give config.input_scale, √d over "
-            "the mean norm of the activations, or 1 where it has been folded into the weights",
-            "config.input_scale",
-        )
-    return {"input_scale": number(config, "input_scale", float)}
+    return {"input_scale": stated_scale(config)}
 
 
 def to_saelens(asset: Asset) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -6,10 +6,12 @@
 | gemma_scope | `params.npz`, or `params.safetensors` with names in lower case | JumpReLU, [d, m] | no |
 | sparsify | `cfg.json`, `sae.safetensors` | TopK, [m, d] | yes, but for transcoders |
 | llama_scope | `hyperparams.json`, `final.safetensors` | JumpReLU, one threshold, [m, d], on √d / mean norm · x | no |
+| the same, R1-Distill | `config.json`, `sae_weights.safetensors` | JumpReLU, exp(`log_jumprelu_threshold`) | no |
+| goodfire | the state of a `.pt` as safetensors | ReLU, [m, d] | no |
 | dictionary_learning | `config.json`, the state of `ae.pt` as safetensors | by `dict_class` | yes, but for JumpReLU |
 
 A file's layer and site are those of its hook's name (`steering/formats/hook_names.py`), or the fields `hook_name`, or
-`layer` and `site`, that are given beside it. Gemma Scope's files name none.
+`layer` and `site`, that are given beside it. Gemma Scope's and Goodfire's files name none.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from steersman.steering.assets import D_MODEL_SITES, DTYPES, Asset, parse_metada
 from steersman.steering.errors import InvalidRequest, UploadMalformed
 from steersman.steering.formats import hook_names, saelens
 from steersman.steering.formats.hook_names import MLP_IN
-from steersman.steering.formats.parts import Parts, flag, matrix, number, row, take_only, text
+from steersman.steering.formats.parts import Parts, flag, matrix, number, row, stated_scale, take_only, text
 from steersman.steering.sites import Site
 
 Tensors = Mapping[str, Tensor]
@@ -73,8 +75,13 @@ def sparsify(tensors: Tensors, config: Config) -> Parts:
 
 
 def llama_scope(tensors: Tensors, config: Config) -> Parts:
-    """JumpReLU of one threshold for all features, which is stated in the units of x."""
-    take_only(tensors, ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"))
+    """JumpReLU of one threshold for all features, which is stated in the units of x.
+
+    Later ones (Llama-Scope-R1-Distill) have a `log_jumprelu_threshold` for each in the units of the scaled input, and
+    need not say how it is scaled.
+    """
+    later = {"log_jumprelu_threshold"} & set(tensors)
+    take_only(tensors, ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias", *later))
     hook = text(config, "hook_point_in")
     if text(config, "hook_point_out", hook) != hook:
         raise InvalidRequest(
@@ -84,18 +91,36 @@ def llama_scope(tensors: Tensors, config: Config) -> Parts:
         raise InvalidRequest("only jumprelu is known", "config.act_fn")
     encoder = matrix(tensors, "encoder.weight")
     norms = config.get("dataset_average_activation_norm")
-    if not isinstance(norms, Mapping):
+    if isinstance(norms, Mapping):
+        scale = encoder.shape[1] ** 0.5 / number(norms, "in", float, "config.dataset_average_activation_norm")
+    elif later:
+        scale = stated_scale(config)
+    else:
         raise InvalidRequest("needs the object {in, out}", "config.dataset_average_activation_norm")
-    scale = encoder.shape[1] ** 0.5 / number(norms, "in", float, "config.dataset_average_activation_norm")
-    threshold = number(config, "jump_relu_threshold", float) * scale
+    if later:
+        threshold = row(tensors, "log_jumprelu_threshold", len(encoder)).float().exp()
+    else:
+        threshold = torch.full((len(encoder),), number(config, "jump_relu_threshold", float) * scale)
     out = {
         "encoder": encoder,
         "decoder": matrix(tensors, "decoder.weight").T,
         "b_enc": row(tensors, "encoder.bias"),
         "b_dec": row(tensors, "decoder.bias"),
-        "threshold": torch.full((len(encoder),), threshold),
+        "threshold": threshold,
     }
     return Parts({"architecture": "jumprelu", "input_scale": scale}, out, hook, model="meta-llama/Llama-3.1-8B")
+
+
+def goodfire(tensors: Tensors, config: Config) -> Parts:
+    """ReLU; b_dec is not taken from the input. The file says nothing else of itself."""
+    take_only(tensors, [f"{part}_linear.{name}" for part in ("encoder", "decoder") for name in ("weight", "bias")])
+    out = {
+        "encoder": matrix(tensors, "encoder_linear.weight"),
+        "decoder": matrix(tensors, "decoder_linear.weight").T,
+        "b_enc": row(tensors, "encoder_linear.bias"),
+        "b_dec": row(tensors, "decoder_linear.bias"),
+    }
+    return Parts({"architecture": "standard", "apply_b_dec_to_input": False}, out)
 
 
 def dictionary_learning(tensors: Tensors, config: Config) -> Parts:
@@ -172,6 +197,7 @@ FORMATS: Final[dict[str, Callable[[Tensors, Config], Parts]]] = {
     "gemma_scope": gemma_scope,
     "sparsify": sparsify,
     "llama_scope": llama_scope,
+    "goodfire": goodfire,
     "dictionary_learning": dictionary_learning,
     "basis": basis,
 }
@@ -184,6 +210,7 @@ def guess(tensors: Tensors, config: Config) -> str:
         ("llama_scope", "hook_point_in" in config),
         ("saelens", "d_sae" in config or "hook_point" in config),
         ("sparsify", "expansion_factor" in config or "num_latents" in config),
+        ("goodfire", "encoder_linear.weight" in tensors),
         ("gemma_scope", not config and {"threshold", "b_dec"} < set(tensors)),
     ):
         if found:

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from steersman.clients.calibration_picture import PlotsMissing, html, png
+from steersman.clients.calibration_picture import html, png
 from steersman.clients.calibration_spec import Calibration, Cell, Control
+from steersman.clients.pictures import PlotsMissing
 
 pytest.importorskip("matplotlib")
 SETTINGS = {"scorer": {"by": "lexicon", "name": "french"}, "damage": "kl", "max_damage": 1.0}

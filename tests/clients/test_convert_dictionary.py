@@ -34,3 +34,17 @@ def test_it_encodes_as_the_library_does(name: str, tmp_path: Path) -> None:
     for each in (asset, again):
         acts = dictionaries.encode(each, EXPECTED[f"{name}.x"])
         torch.testing.assert_close(acts, EXPECTED[f"{name}.acts"], rtol=0, atol=1e-4)
+
+
+def test_goodfires_state_is_known_by_its_names(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    encoder, decoder = (torch.randn(20, 8, generator=generator) for _ in range(2))
+    state = {"encoder_linear.weight": encoder, "encoder_linear.bias": torch.ones(20)}
+    state |= {"decoder_linear.weight": decoder.T, "decoder_linear.bias": torch.zeros(8)}
+    torch.save(state, tmp_path / "sae.pth")
+    asset = convert(tmp_path / "sae.pth", {**FIELDS, "layer": 2})
+    assert torch.equal(asset.tensors["decoder"], decoder)
+    assert (asset.meta.edited_layers, asset.meta.kind) == ((2,), "dictionary")
+    torch.save({**state, "extra": torch.zeros(1)}, tmp_path / "sae.pth")
+    with pytest.raises(UploadMalformed):
+        convert(tmp_path / "sae.pth", {**FIELDS, "layer": 2})

@@ -144,6 +144,7 @@ def test_features_that_take_the_whole_encoder(served: tuple[Server, Oracle]) -> 
     """TopK dictionaries, whose activations the worker encodes from its own store; what that costs is told before."""
     server, oracle = served
     model = server.http.get("/v1/steering/model").json()
+    assets(oracle, server, model)
     about = {"id": model["model"], "n_layers": model["n_layers"], "d_model": model["d_model"]}
     if server.model not in ("llama", "gpt2"):
         pytest.skip("the encode is the same whatever the architecture: shown on llama and gpt2")
@@ -162,6 +163,26 @@ def test_features_that_take_the_whole_encoder(served: tuple[Server, Oracle]) -> 
         asked = {"steering": {"interventions": [{**feature, "value": 1.0}]}}
         [cost] = server.post("/v1/steering/resolve", asked).json()["cost"]["encodes"]
         assert cost["multiply_adds_per_token"] == FEATURES * width
+        read_by_encoding(server, oracle, name, site, layer)
+
+
+def read_by_encoding(server: Server, oracle: Oracle, name: str, site: str, layer: int) -> None:
+    """Probes and gates of a dictionary that encodes say what the dictionary does of the prompt's tokens."""
+    stream = oracle.capture(PROMPT, [(layer, site)], prompt_len=len(PROMPT))[layer, site]
+    acts = ops.activations(stream, oracle.assets[name].layers[layer])
+    probes = [{"dictionary": name, "index": i} for i in range(FEATURES)]
+    answer = server.complete(PROMPT, {"probes": probes}, max_tokens=1)
+    for i, told in enumerate(answer["steering"]["probes"]):
+        seen = told["layers"][str(layer)]
+        for number, value in (("mean", acts[:, i].mean()), ("max", acts[:, i].max()), ("last", acts[-1, i])):
+            assert abs(seen[number] - float(value)) < TOLERANCE * max(1.0, float(acts[:, i].max())), (i, number)
+    index = int((acts > 0).float().mean(0).sub(0.5).abs().argmin())
+    assert 0 < int((acts[:, index] > 0).sum()) < len(PROMPT)
+    some = acts[:, index].sort().values
+    base = {"op": "add", "vector": "resid_post", "scale": 2.0, "layers": [layer + 1]}
+    for over in ("token", "last_prompt"):
+        when = {"dictionary": name, "index": index, "above": float(some[-3:-1].mean()), "over": over}
+        check(server, oracle, {"interventions": [{**base, "when": when}]}, f"{name} {over}", matters=over == "token")
 
 
 def leaving(oracle: Oracle, layer: int) -> torch.Tensor:

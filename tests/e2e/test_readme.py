@@ -62,7 +62,14 @@ def test_the_commands_work_in_order(server: Server, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def made(server: Server, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The direction that the command of docs/extraction.md makes: its name and version."""
-    return _run(*_block("extraction.md"), server, tmp_path_factory.mktemp("extraction")).splitlines()[-1]
+    folder = tmp_path_factory.mktemp("extraction")
+    ref = _run(*_block("extraction.md"), server, folder).splitlines()[-1]
+    told = json.loads((folder / "french-by-server.json").read_text())
+    assert list(told["norms"]) == told["assets"] == [ref]
+    assert max(told["held_out"]["accuracy"]) > 0.9
+    assert (folder / "french-by-server.png").read_bytes()[:4] == b"\x89PNG"
+    assert ref in (folder / "french-by-server.html").read_text()
+    return ref
 
 
 def test_calibration(server: Server, made: str, tmp_path: Path) -> None:

@@ -53,9 +53,11 @@ def model() -> LlamaForCausalLM:
 
 
 class Captures:
-    """Stands in for ``captures.capture``. The stream is the tiny model's own; other sites are a number per token."""
+    """Stands in for ``captures.capture``. The stream is the model's own; other sites are a number per token."""
 
-    def __init__(self) -> None:
+    def __init__(self, served: Any = None) -> None:
+        """``served``: the model, in place of the tiny one."""
+        self.model = served or model()
         self.asked: list[tuple[list[int], Any]] = []
         self.most = self._running = 0
         self.hold: asyncio.Event | None = None  # what a capture waits for
@@ -87,7 +89,7 @@ class Captures:
         """[tokens, width]"""
         if place.site is Site.RESID_POST:
             with torch.inference_mode():
-                out = model()(input_ids=torch.tensor([list(ids)]), output_hidden_states=True)
+                out = self.model(input_ids=torch.tensor([list(ids)]), output_hidden_states=True)
             return out.hidden_states[place.layer + 1][0]
         generator = torch.Generator().manual_seed(sum(ids) * 31 + place.layer)
         return torch.randn(len(ids), WIDTHS[place.site], generator=generator)

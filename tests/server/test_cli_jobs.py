@@ -11,8 +11,10 @@ import pytest
 
 from steersman.clients.sdk import Steersman
 from steersman.server import cli
-from steersman.server.commands import calibrate, remote
+from steersman.server.commands import calibrate, remote, select
 from tests.clients.served import Served
+from tests.clients.test_selection import OTHERS, SHOWING
+from tests.clients.test_selection import Served as Tried
 
 JOBS = "/v1/steering/jobs"
 
@@ -30,9 +32,19 @@ class Jobs:
         return httpx.Response(202, json=self.done)
 
 
+RESULT = {
+    "assets": ["calm@1"], "model": "m", "method": "pca", "site": "mlp_out", "token": -1, "layers": [3, 7],
+    "examples": {"positive": 10, "negative": 12},
+    "held_out": {
+        "positive": 2, "negative": 2, "accuracy": [0.5, 0.75], "auc": [0.5, 0.75], "d_prime": [0.1, None]
+    },
+    "norms": {"calm@1": [1.5, 2.5]}, "read_norms": [30.0, 60.0],
+}  # fmt: skip
+
+
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> Jobs:
-    found = Jobs(result={"assets": ["calm@1"], "layers": [3, 7], "held_out_auc": [0.5, 0.75]})
+    found = Jobs(result=RESULT)
     monkeypatch.setattr(remote, "client", lambda args: Steersman(args.server, transport=httpx.MockTransport(found)))
     return found
 
@@ -64,6 +76,15 @@ def test_extract_asks_for_what_the_options_say(far: Jobs, pairs: str, capsys: py
     printed = capsys.readouterr()
     assert printed.out == "calm@1\n"
     assert "held-out examples: AUC 0.750 at layer 7" in printed.err
+
+
+def test_extract_writes_and_draws_what_was_measured(far: Jobs, pairs: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = [str(part) for name in ("out", "png", "html") for part in (f"--{name}", tmp_path / f"calm.{name}")]
+    assert cli.main(["extract", "--name", "calm", "--pairs", pairs, *files]) == 0
+    assert json.loads((tmp_path / "calm.out").read_text()) == RESULT
+    assert (tmp_path / "calm.png").read_bytes()[:4] == b"\x89PNG"
+    assert "calm@1" in (tmp_path / "calm.html").read_text()
 
 
 def test_extract_from_two_files(far: Jobs, tmp_path: Path) -> None:
@@ -163,3 +184,43 @@ def test_calibrate_recommends_nothing_that_it_cannot_stand_for(
 def test_calibrate_refuses_in_one_line(served: Served, asked: list[str], options: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=f"steersman calibrate: .*{message}"):
         cli.main([*asked, *options])
+
+
+# -- select -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> Tried:
+    found = Tried()
+    real = httpx.AsyncClient
+
+    def client(**options: Any) -> httpx.AsyncClient:
+        return real(**options, transport=httpx.MockTransport(found))
+
+    monkeypatch.setattr(select.httpx, "AsyncClient", client)
+    return found
+
+
+def test_select_measures_stores_and_draws(tried: Tried, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    labelled = [{"prompt": text, "label": "bad"} for text in SHOWING]
+    labelled += [{"prompt": text, "label": "good"} for text in OTHERS]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, labelled)))
+    asked = ["select", "a", "b", "--prompts", str(file), "--positive", "bad", "--tokens", "No"]
+    files = [f"--{kind}={tmp_path / f'out.{kind}'}" for kind in ("png", "html", "out")]
+    assert cli.main([*asked, *files]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "b@new"
+    assert "2 *" in printed
+    result = json.loads((tmp_path / "out.out").read_text())
+    assert result["prompts"] == {"showing": len(SHOWING), "others": len(OTHERS)}
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+    assert "Selected: layer 2 of a@1." in (tmp_path / "out.html").read_text()
+    assert len(tried.stored) == 1
+    assert cli.main([*asked, "--no-store"]) == 0
+    assert cli.main([*asked, "--min-induce", "9"]) == 1
+    assert "Nothing is selected: no direction is left of 5 candidates" in capsys.readouterr().err.replace("\n", " ")
+    assert len(tried.stored) == 1
+    with pytest.raises(SystemExit, match=r"steersman select: last_share"):
+        cli.main([*asked, "--last-share", "1"])

@@ -49,11 +49,15 @@ def spec(**fields: Any) -> ExtractSpec:
     return found
 
 
-def extract(state: SteeringState, captures: Captures | None = None, **fields: Any) -> list[Asset]:
+def result(state: SteeringState, captures: Captures | None = None, **fields: Any) -> dict[str, Any]:
     progress = Progress()
-    result = asyncio.run(extraction.run(spec(**fields), state, captures or Captures(), progress))
+    found = asyncio.run(extraction.run(spec(**fields), state, captures or Captures(), progress))
     assert progress.done == progress.total > 0
-    return [state.frontend.store.get(ref) for ref in result["assets"]]
+    return found
+
+
+def extract(state: SteeringState, captures: Captures | None = None, **fields: Any) -> list[Asset]:
+    return [state.frontend.store.get(ref) for ref in result(state, captures, **fields)["assets"]]
 
 
 def offline(texts: list[str], token: Any = "mean", prompts: list[str] | None = None) -> torch.Tensor:
@@ -121,11 +125,28 @@ def test_other_methods_are_the_offline_ones(state: SteeringState) -> None:
 
 
 def test_held_out_examples_are_told_apart_where_there_are_enough(state: SteeringState) -> None:
-    assert "held_out_auc" not in extract(state, pairs=PAIRS)[0].meta.provenance
+    assert "held_out" not in extract(state, pairs=PAIRS)[0].meta.provenance
     (made,) = extract(state, pairs=PAIRS * 2)
-    scores = made.meta.provenance["held_out_auc"]
-    assert len(scores) == len(READ)
-    assert all(0 <= score <= 1 for score in scores)
+    told = made.meta.provenance["held_out"]
+    for name in ("accuracy", "auc"):
+        assert len(told[name]) == len(READ)
+        assert all(0 <= score <= 1 for score in told[name])
+
+
+def test_the_result_tells_of_every_layer(state: SteeringState) -> None:
+    found = result(state, pairs=PAIRS * 2)
+    (ref,) = found["assets"]
+    made = state.frontend.store.get(ref)
+    assert found["held_out"] == made.meta.provenance["held_out"]
+    assert found["norms"] == {ref: pytest.approx(made.tensors["vectors"].norm(dim=1).tolist())}
+    read = torch.cat([offline(POSITIVE), offline(NEGATIVE)]).norm(dim=-1).mean(0)
+    assert found["read_norms"] == pytest.approx(read.tolist(), rel=1e-4)
+    assert found["examples"] == {"positive": 2 * len(PAIRS), "negative": 2 * len(PAIRS)}
+    assert (found["method"], found["site"], found["token"]) == ("mean_difference", "resid_post", "mean")
+    assert result(state, pairs=PAIRS)["held_out"] is None
+    heads = result(state, pairs=PAIRS, method="heads", heads={"k": 2}, layers="all")
+    assert (heads["norms"], heads["held_out"]) == ({}, None)
+    json.dumps([found, heads], allow_nan=False)
 
 
 def test_shift_makes_a_direction_for_each_group(state: SteeringState) -> None:

@@ -78,18 +78,17 @@ def test_an_edit_is_the_librarys_decode_of_changed_activations_with_the_error_ke
     assert float((want - x).abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("name", ["topk", "matching_pursuit", "constant_norm", "layers.2"])
-def test_what_takes_the_whole_encoder_has_no_row_of_its_own(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["topk", "matching_pursuit", "constant_norm", "layers.2", "layer_norm"])
+def test_what_is_encoded_has_no_row_of_its_own(name: str, tmp_path: Path) -> None:
     asset = load(name, tmp_path)
-    assert dictionaries.takes_all(dictionaries.dictionary(asset))
-    with pytest.raises(FeatureUnreadable, match='op "feature" encodes them all'):
+    assert dictionaries.takes_encode(dictionaries.dictionary(asset))
+    with pytest.raises(FeatureUnreadable, match="encoded token by token"):
         dictionaries.reads(asset, [0])
 
 
-@pytest.mark.parametrize("name", ["transcoder", "layer_norm"])
-def test_what_is_read_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
-    asset = load(name, tmp_path)
-    assert not dictionaries.takes_all(dictionaries.dictionary(asset))
+def test_what_is_read_elsewhere_is_refused(tmp_path: Path) -> None:
+    asset = load("transcoder", tmp_path)
+    assert not dictionaries.takes_encode(dictionaries.dictionary(asset))
     with pytest.raises(FeatureUnreadable, match="without only_if_active"):
         dictionaries.reads(asset, [0])
 

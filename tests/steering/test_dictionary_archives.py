@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import struct
 import zipfile
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,64 +10,14 @@ import torch
 
 from steersman.steering.errors import SteeringError
 from steersman.steering.formats import uploads
-from tests.steering.small_dictionary import MODEL, D, M, lens, tensors
-
-NPZ = {"name": "gemma", "model": MODEL, "hook_name": "blocks.3.hook_resid_post"}
-
-
-def npz(**arrays: Any) -> bytes:
-    out = io.BytesIO()
-    np.savez_compressed(out, **{**{name: tensor.numpy() for name, tensor in lens().items()}, **arrays})
-    return out.getvalue()
+from tests.steering.archives import NPZ, bomb, headed, lying, npz, packed, twice
+from tests.steering.small_dictionary import D, M, tensors
 
 
 def test_an_npz_is_gemma_scope() -> None:
     made = uploads.read(npz(), NPZ)
     assert torch.equal(made.tensors["encoder"], tensors()["encoder"])
     assert (made.meta.edited_layers, made.meta.kind) == ((3,), "dictionary")
-
-
-def lying(shape: str) -> bytes:
-    """An archive whose one array promises more than it has."""
-    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
-    entry = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + b"\0" * 64
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr("W_enc.npy", entry)
-    return out.getvalue()
-
-
-def headed(header: str) -> bytes:
-    """An archive with one array whose header is this text."""
-    padded = header.ljust(117) + "\n"
-    entry = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(padded)) + padded.encode() + b"\0" * 64
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr("W_enc.npy", entry)
-    return out.getvalue()
-
-
-def packed(compression: int) -> bytes:
-    """A sound archive, packed as numpy never does: its blocks unpack whole, however large."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(npz())) as old, zipfile.ZipFile(out, "w", compression) as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-    return out.getvalue()
-
-
-def twice() -> bytes:
-    out = io.BytesIO(npz())
-    with zipfile.ZipFile(out, "a") as archive:
-        archive.writestr("b_dec", archive.read("b_dec.npy"))
-    return out.getvalue()
-
-
-def bomb() -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("W_enc.npy", b"\0" * (64 << 20))
-    return out.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,44 @@ def test_the_transcoders_of_gemma_scope_and_sparsify() -> None:
         assert torch.equal(made.tensors["encoder"], own["encoder"])
 
 
+def test_the_later_llama_scopes_have_a_threshold_for_each_feature() -> None:
+    """As SAELens loads Llama-Scope-R1-Distill: thresholds of the scaled input, whose scale the file need not state."""
+    own = tensors()
+    state = {"encoder.weight": own["encoder"], "encoder.bias": own["b_enc"], "decoder.bias": own["b_dec"]}
+    state |= {"decoder.weight": own["decoder"].T.contiguous(), "log_jumprelu_threshold": own["threshold"]}
+    config = {"d_model": D, "expansion_factor": M / D, "hook_point_in": "blocks.2.hook_resid_post"}
+    with pytest.raises(InvalidRequest) as raised:
+        read(state, config)
+    assert raised.value.param == "config.input_scale"
+    x = torch.randn(50, D, generator=torch.Generator().manual_seed(3))
+    norms = {"dataset_average_activation_norm": {"in": 2 * D**0.5}}
+    for scale, stated in ((1.0, {"input_scale": 1}), (0.5, {"input_scale": 0.5}), (0.5, norms)):
+        made = read(state, {**config, **stated})
+        p = scale * x @ own["encoder"].T + own["b_enc"]
+        acts = torch.where(p > own["threshold"].exp(), p, 0)
+        assert 0.02 < float((acts > 0).float().mean()) < 0.9
+        torch.testing.assert_close(dictionaries.encode(made, x), acts, rtol=0, atol=1e-5)
+        out = (acts @ own["decoder"] + own["b_dec"]) / scale
+        torch.testing.assert_close(dictionaries.decode(made, acts, x), out, rtol=0, atol=1e-4)
+    assert made.meta.edited_layers == (2,)
+    one = read({**state, "log_jumprelu_threshold": torch.tensor(-0.5)}, {**config, "input_scale": 1})
+    assert torch.equal(one.tensors["threshold"], torch.tensor(-0.5).exp().expand(M))
+
+
+def test_goodfires_names_no_place() -> None:
+    own = tensors()
+    state = {"encoder_linear.weight": own["encoder"], "encoder_linear.bias": own["b_enc"]}
+    state |= {"decoder_linear.weight": own["decoder"].T.contiguous(), "decoder_linear.bias": own["b_dec"]}
+    with pytest.raises(InvalidRequest) as raised:
+        read(state, {})
+    assert raised.value.param == "layer"
+    made = read(state, {}, layer=3, site="resid_post")
+    x = torch.randn(20, D, generator=torch.Generator().manual_seed(3))
+    acts = (x @ own["encoder"].T + own["b_enc"]).relu()
+    torch.testing.assert_close(dictionaries.encode(made, x), acts, rtol=0, atol=1e-5)
+    torch.testing.assert_close(dictionaries.decode(made, acts, x), acts @ own["decoder"] + own["b_dec"])
+
+
 def test_a_fine_tuned_factor_is_folded_into_the_decoder() -> None:
     factor = torch.rand(M, generator=torch.Generator().manual_seed(5)) + 0.5
     made = read(lens(finetuning_scaling_factor=factor), {**SAELENS, "finetuning_scaling_factor": True})

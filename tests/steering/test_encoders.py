@@ -14,7 +14,8 @@ from steersman.kernels.program import Program
 from steersman.kernels.reference import edit
 from steersman.kernels.tables import supports
 from steersman.steering import dictionaries, lower
-from steersman.steering.assets import Asset
+from steersman.steering import encoders as module
+from steersman.steering.assets import Asset, parse_metadata
 from steersman.steering.encoders import Encoder, FeatureEncode
 from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import Site
@@ -28,7 +29,7 @@ CHOSEN = [17, 3, 11, 2]
 
 def bound(asset: Asset, indices: list[int]) -> FeatureEncode:
     found = FeatureEncode.of(asset, indices)
-    found.encoder = Encoder.of(asset)
+    found.encoder = found.load(asset, torch.device("cpu"))
     return found
 
 
@@ -93,10 +94,10 @@ FEATURE = {"op": "feature", "dictionary": "sae", "index": [4, 1], "value": 3.0}
 @pytest.mark.parametrize("found", [TOPK, PURSUIT], ids=["topk", "matching_pursuit"])
 def test_a_plan_names_the_dictionary_and_says_what_it_costs(found: Asset) -> None:
     plan = resolve({"interventions": [FEATURE]}, found)
-    [(place, encode)] = plan.encodes
+    [(place, use, encode)] = plan.encodes
     rounds, matrix = (1, "encoder") if found is TOPK else (3, "decoder")
     numbers = found.tensors["b_enc"].nbytes if found is TOPK else 0
-    assert place == Place(2, Site.RESID_POST)
+    assert (place, use) == (Place(2, Site.RESID_POST), "edit")
     assert encode.cost() == {
         "dictionary": found.ref,
         "features": 7,
@@ -105,11 +106,11 @@ def test_a_plan_names_the_dictionary_and_says_what_it_costs(found: Asset) -> Non
     }
     again = Plan.from_bytes(plan.to_bytes())
     assert again.id == plan.id
-    assert [e for _, e in again.encodes] == [encode]
+    assert [e.encode for e in again.encodes] == [encode]
     held = Encoder.of(found)
     assert sum(t.nbytes for t in held.tensors.values()) == encode.nbytes
     with pytest.raises(RuntimeError, match="has not been loaded"):
-        again.encodes[0][1](torch.zeros(1, D))
+        again.encodes[0].encode(torch.zeros(1, D))
 
 
 def test_another_dictionary_is_another_plan() -> None:
@@ -129,5 +130,99 @@ def test_only_the_reference_runs_it() -> None:
     assert not Table.supports(program)
     with pytest.raises(ValueError, match="for the reference"):
         Table.build([(program, torch.arange(2))], D)
-    with pytest.raises(ValueError, match="the whole of x"):
-        program.shard(0, D // 2)
+
+
+@pytest.mark.parametrize("mode", ["set", "scale"])
+@pytest.mark.parametrize("name", ["topk", "matching_pursuit", "constant_norm"])
+def test_shards_encode_what_they_have_together(name: str, mode: str, tmp_path: Path) -> None:
+    """Two ranks, one after the other: what each sends is what the other's half comes to there."""
+    found, x = load(name, tmp_path), EXPECTED[f"{name}.x"]
+    d = x.shape[1]
+    cut = d // 2 + 1
+    push = lower.add(0, noise(d, seed=5), 3.0, False)
+    program = Program((push, block_of(found, mode, 2.0)), d)
+    halves = [(slice(0, cut), program.shard(0, cut)), (slice(cut, d), program.shard(cut, d))]
+    sent: list[list[Tensor]] = [[], []]
+
+    def run(rank: int, others: list[Tensor]) -> Tensor:
+        got: list[Tensor] = []
+
+        def reduce(partial: Tensor) -> Tensor:
+            got.append(partial.clone())
+            return partial + others[len(got) - 1] if others else partial
+
+        half, part = halves[rank]
+        out = edit(x[:, half], part, reduce=reduce)
+        sent[rank] = got
+        return out
+
+    for rank in (0, 1):  # the sums that the first block needs, then those of the second, which depend on them
+        run(rank, [])
+    for _ in range(len(sent[0])):
+        first, second = sent
+        parts = [run(0, second), run(1, first)]
+    want = edit(x, program)
+    torch.testing.assert_close(torch.cat(parts, dim=1), want, rtol=1e-5, atol=1e-5)
+    assert float(want.abs().max()) > 0.1
+
+
+# -- a row by itself ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [31, 577])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fields", [
+    {"architecture": "topk", "k": 5},
+    {"architecture": "matching_pursuit", "max_iterations": 6},
+    {"architecture": "gated", "normalize": "constant_norm_rescale"},
+    {"architecture": "standard", "normalize": "layer_norm"},
+], ids=lambda f: f["architecture"])  # fmt: skip
+def test_a_row_is_encoded_to_the_same_bits_whatever_it_is_beside(
+    fields: dict[str, Any], dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, at any place among any number of others, and in parts; features of equal rows are not told apart else."""
+    features = 1003
+    rows = noise(features, width, seed=1)
+    rows[500:900] = rows[100:500] * (1 + 2**-22 * torch.arange(400)[:, None])  # nearly equal, and some equal
+    parts = {"decoder": torch.nn.functional.normalize(rows), "b_dec": noise(width, seed=2)}
+    if fields["architecture"] != "matching_pursuit":
+        parts["encoder"] = rows
+    if fields["architecture"] == "gated":
+        parts |= {name: noise(features, seed=i) / 4 for i, name in enumerate(("b_gate", "b_mag", "r_mag"))}
+    elif "encoder" in parts:
+        parts["b_enc"] = torch.zeros(features)
+    tensors = {name: part.to(dtype) for name, part in parts.items()}
+    model = {"id": "org/wide", "n_layers": 4, "d_model": width}
+    about = {"name": "wide", "kind": "dictionary", "model": model, "layer": 1, "apply_b_dec_to_input": True}
+    found = Asset(parse_metadata({**about, **fields}), tensors)
+    encode = bound(found, list(range(features)))
+    x = 3 * noise(37, width, seed=3)
+    together = encode(x)
+    assert 0 < int((together != 0).sum()) < together.numel()
+    for at in range(0, 37, 6):
+        assert torch.equal(encode(x[at : at + 1])[0], together[at]), at
+    for a, b in ((0, 2), (3, 10), (1, 37), (20, 33)):
+        assert torch.equal(encode(x[a:b]), together[a:b])
+    assert torch.equal(encode(x.flip(0)).flip(0), together)
+    monkeypatch.setattr(module, "AT_ONCE", 5 * features)
+    assert torch.equal(encode(x), together)
+
+
+def test_near_ties_are_decided_by_the_exact_sums() -> None:
+    """Of features that a plain product cannot tell apart, topk takes those that are larger by less than its error."""
+    width, features, k = 64, 40, 7
+    row, order = noise(width, seed=1), torch.randperm(features, generator=torch.Generator().manual_seed(2))
+    steps = order.double() * 2.0**-36
+    bias = torch.zeros(features)
+    encoder = row.repeat(features, 1)
+    encoder[:, 0] = 2.0**-30 * order  # times an x of 2^-6 there: far below what the other 63 products leave of float32
+    tensors = {"decoder": encoder, "encoder": encoder, "b_enc": bias, "b_dec": torch.zeros(width)}
+    about = {"name": "ties", "kind": "dictionary", "model": {"id": "o/m", "n_layers": 4, "d_model": width}, "layer": 1}
+    found = Asset(parse_metadata({**about, "architecture": "topk", "k": k}), tensors)
+    x = row.clone()
+    x[0] = 2.0**-6
+    plain = x @ encoder.T
+    assert float(plain.max() - plain.min()) < 1e-4 * float(plain.max())
+    assert float(steps.max()) < torch.finfo(torch.float32).eps
+    active = bound(found, list(range(features)))(x[None])[0] > 0
+    assert torch.equal(active, steps >= steps.sort(descending=True).values[k - 1])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steersman.steering.extraction import difference_of_means
-from steersman.steering.extraction_methods import METHODS, extract, held_out_auc
+from steersman.steering.extraction_methods import METHODS, extract, held_out
 
 
 def planted(seed: int, n: int = 12, layers: int = 2, d: int = 6, gap: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -50,8 +50,28 @@ def test_sides_that_do_not_differ_have_no_direction() -> None:
 def test_held_out_examples_are_not_seen() -> None:
     """Were the held-out fifth seen, labels of pure noise would be told apart: 40 dimensions fit 20 examples."""
     positive, negative = torch.randn(2, 10, 40, 64, generator=torch.Generator().manual_seed(3))
-    scores = held_out_auc("linear_probe", positive, negative)
-    assert scores is not None
-    assert abs(sum(scores) / len(scores) - 0.5) < 0.15  # 40 layers of chance, 4 comparisons each
-    assert held_out_auc("mean_difference", *planted(2, n=20, gap=8.0)) == [1.0, 1.0]
-    assert held_out_auc("mean_difference", *planted(2, n=9)) is None
+    found = held_out("linear_probe", positive, negative)
+    assert found is not None
+    for scores in (found.separation.auc, found.accuracy):
+        assert abs(float(scores.mean()) - 0.5) < 0.15  # 40 layers of chance, 4 comparisons each
+    far = held_out("mean_difference", *planted(2, n=20, gap=8.0))
+    assert far is not None
+    assert (far.positive, far.negative) == (4, 4)
+    told = far.to_json()
+    assert told["auc"] == told["accuracy"] == [1.0, 1.0]
+    assert held_out("mean_difference", *planted(2, n=9)) is None
+
+
+def test_accuracy_is_by_the_middle_of_what_was_seen() -> None:
+    """Of ten examples each, at 0 and 1, the fifth and the tenth are held out."""
+    positive, negative = torch.ones(10, 1, 1), torch.zeros(10, 1, 1)
+    positive[4], positive[9] = 0.6, 0.4
+    found = held_out("mean_difference", positive, negative)
+    assert found is not None
+    assert found.to_json() == {
+        "positive": 2, "negative": 2, "accuracy": [0.75], "auc": [1.0], "d_prime": [pytest.approx(5.0)]
+    }  # fmt: skip
+    positive[4] = positive[9] = 0.6
+    found = held_out("mean_difference", positive, negative)
+    assert found is not None
+    assert found.to_json()["d_prime"] == [None]  # nothing varies

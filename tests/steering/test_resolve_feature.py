@@ -155,6 +155,27 @@ def test_probes_and_gates_read_activations() -> None:
     assert plan.activated([0, 1], dots)[:, 0].tolist() == pytest.approx([0, threshold + 0.01], abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["topk", "normed", "layered"])
+def test_probes_and_gates_may_encode(name: str) -> None:
+    """A plan tells the encodes of its gates and probes; probes of one dictionary share one."""
+    when = {"dictionary": name, "index": 2, "above": 0.5}
+    late = {"op": "add", "vector": "flat", "from_layer": 1, "layers": 3, "when": when}
+    plan = solve(late, probes=[{"dictionary": name, "index": i} for i in (5, 1)] + [{"vector": "flat"}])
+    [gate], [*probes, other] = plan.gates, plan.probes
+    assert (gate.measure, gate.place, gate.direction) == ("feature", Place(2, POST), None)
+    assert gate.encode is not None
+    assert gate.encode.indices == (2,)
+    assert [p.encode and p.encode.indices for p in probes] == [(5,), (1,)]
+    assert (other.encode, other.direction is None) == (None, False)
+    [by_gate, by_probes] = plan.encodes
+    assert (by_gate.use, by_probes.use, by_probes.encode.indices) == ("gate", "probe", (5, 1))
+    assert by_probes.encode.cost()["features"] == (M if name == "topk" else 2)
+    assert plan.probe_encodes == {Place(2, POST): [([0, 1], by_probes.encode)]}
+    again = Plan.from_bytes(plan.to_bytes())
+    assert (again.gates, again.encodes, again.id) == (plan.gates, plan.encodes, plan.id)
+    assert plan.edits_id != solve({**late, "when": {**when, "index": 3}}).edits_id
+
+
 def test_coordinates_have_no_threshold() -> None:
     linear = asset("axes", "dictionary", {n: noise(M, D, seed=6) for n in ("encoder", "decoder")}
                    | {"b_dec": torch.zeros(D), "b_enc": torch.zeros(M)}, layer=1, architecture="linear")  # fmt: skip
@@ -186,7 +207,7 @@ BAD: list[tuple[dict[str, Any], type[SteeringError], str]] = [
     ({"dictionary": "layered"}, FeatureUnreadable, "dictionary"),
     ({"dictionary": "layered", "mode": "add"}, FeatureUnreadable, "dictionary"),
     ({"when": {**GATE, "index": M}}, OutOfRange, "when.index"),
-    ({"when": {**GATE, "dictionary": "topk"}}, FeatureUnreadable, "when.dictionary"),
+    ({"when": {**GATE, "dictionary": "coder"}}, FeatureUnreadable, "when.dictionary"),
     ({"when": {**GATE, "layer": 1}}, LayerMissing, "when.layer"),
     ({"when": {**GATE, "measure": "cosine"}}, InvalidRequest, "when"),
     ({"when": {"vector": "flat", "layer": 1, "above": 0, "measure": "feature"}}, InvalidRequest, "when"),
@@ -210,7 +231,7 @@ def test_what_is_wrong_is_named(change: dict[str, Any], error: type[SteeringErro
 @pytest.mark.parametrize(
     ("probe", "field"),
     [
-        ({"dictionary": "topk", "index": 0}, ".dictionary"),
+        ({"dictionary": "coder", "index": 0}, ".dictionary"),
         ({"dictionary": "sae", "index": M}, ".index"),
         ({"dictionary": "sae"}, ""),
         ({"index": 1}, ""),
@@ -226,9 +247,11 @@ def test_bad_probes(probe: dict[str, Any], field: str) -> None:
 
 def test_a_dictionary_of_another_width_at_a_site() -> None:
     other = sae("narrow", D_FF - 1, site="mlp_post")
+    encoded = sae("encoded", D_FF - 1, site="mlp_post", architecture="topk", k=2)
     for asked in (
         {"interventions": [{**FEATURE, "dictionary": "narrow"}]},
         {"probes": [{"dictionary": "narrow", "index": 0}]},
+        {"probes": [{"dictionary": "encoded", "index": 0}]},
     ):
         with pytest.raises(WidthMismatch):
-            resolve(asked, other)
+            resolve(asked, other, encoded)

@@ -13,7 +13,8 @@ from steersman.server.engine.encoders import Encoders
 from steersman.server.engine.runtime import Runtime
 from steersman.steering import dictionaries
 from steersman.steering.assets import Asset
-from steersman.steering.errors import AssetCorrupt, CapacityExceeded, FeatureUnreadable, UnknownAsset
+from steersman.steering.encoders import FeatureEncode
+from steersman.steering.errors import AssetCorrupt, CapacityExceeded, UnknownAsset
 from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import Site
 from tests.server.engine.plans import KINDS, plan
@@ -49,6 +50,7 @@ def topk(name: str = "sae", seed: int = 3) -> Asset:
     return asset(name, "dictionary", tensors, **about)
 
 
+CPU = torch.device("cpu")
 CHOSEN = [4, 1]
 SAE = topk()
 FEATURE = {"op": "feature", "dictionary": "sae", "index": CHOSEN, "mode": "scale", "value": -2.0}
@@ -61,7 +63,7 @@ def get(ref: str) -> Asset:
 
 def runtime(capacity: int = 2**30) -> Runtime:
     made = Runtime(capacity=capacity)
-    made.plans.on_load = Encoders(get, made.shards, on_cpu=True).load
+    made.plans.on_load = Encoders(get, CPU).load
     return made
 
 
@@ -112,8 +114,8 @@ def test_neighbours_at_the_same_place_keep_their_bits(measured: bool, monkeypatc
             out.setdefault(name, []).append(x)
     for name in names:
         assert torch.equal(torch.cat(out[name]), alone(None if name == "plain" else plan(name), IDS, P)), name
-    for name in ("sae before", "sae after"):
-        torch.testing.assert_close(torch.cat(out[name]), served(PLAN), rtol=0, atol=1e-4)
+    for name in ("sae before", "sae after"):  # beside another that shares its plan
+        assert torch.equal(torch.cat(out[name]), served(PLAN)), name
     assert not any(report(toy.runtime, name)["error"] for name in (*KINDS, "sae before"))
     assert float((served(PLAN) - alone(None, IDS, P)).abs().max()) > 0.1
 
@@ -154,12 +156,12 @@ def test_plans_share_an_encoder_and_let_go_of_it() -> None:
         opened.append(ref)
         return SAE
 
-    encoders = Encoders(counted, (), on_cpu=True)
+    encoders = Encoders(counted, CPU)
     plans = [Plan.from_bytes(PLAN.to_bytes()) for _ in range(2)]
     for each in plans:
         encoders.load(each)
     assert opened == [SAE.ref]
-    assert plans[0].encodes[0][1].encoder is plans[1].encodes[0][1].encoder
+    assert plans[0].encodes[0].encode.encoder is plans[1].encodes[0].encode.encoder is not None
     plans.clear()
     del each
     gc.collect()
@@ -167,7 +169,7 @@ def test_plans_share_an_encoder_and_let_go_of_it() -> None:
 
 
 def test_it_counts_towards_the_plans_memory() -> None:
-    size = len(PLAN.to_bytes()) + PLAN.encodes[0][1].nbytes
+    size = len(PLAN.to_bytes()) + PLAN.encodes[0].encode.nbytes
     made = runtime(capacity=size)
     made.plans.add(PLAN.to_bytes(), "http")
     assert made.plans.size == size
@@ -175,20 +177,74 @@ def test_it_counts_towards_the_plans_memory() -> None:
         runtime(capacity=size - 1).plans.add(PLAN.to_bytes(), "http")
 
 
-def test_where_it_cannot_be_done_it_is_refused() -> None:
+def test_what_is_not_in_the_workers_store_is_refused() -> None:
     def load(encoders: Encoders) -> None:
         encoders.load(Plan.from_bytes(PLAN.to_bytes()))
 
-    with pytest.raises(FeatureUnreadable, match="only the CPU engine"):
-        load(Encoders(get, (), on_cpu=False))
-    with pytest.raises(FeatureUnreadable, match="tensor-parallel rank"):
-        load(Encoders(get, {PLACE}, on_cpu=True))
     with pytest.raises(UnknownAsset):
-        load(Encoders(Shelf().get, (), on_cpu=True))
+        load(Encoders(Shelf().get, CPU))
     with pytest.raises(AssetCorrupt, match="another dictionary"):
-        load(Encoders(lambda ref: topk(seed=9), (), on_cpu=True))
+        load(Encoders(lambda ref: topk(seed=9), CPU))
+    broken = topk()
+    broken.tensors["encoder"][3, 1] = torch.nan
+    with pytest.raises(AssetCorrupt, match="encoder holds NaN"):
+        FeatureEncode.of(broken, [0]).load(broken, CPU)
     toy = Runtime()
-    toy.plans.on_load = Encoders(Shelf().get, (), on_cpu=True).load
+    toy.plans.on_load = Encoders(Shelf().get, CPU).load
     with pytest.raises(UnknownAsset):
         toy.plans.add(PLAN.to_bytes(), "http")
     assert (len(toy.plans), toy.plans.size) == (0, 0)
+
+
+# -- probes and gates ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [(), (3, 5)])
+def test_probes_tell_what_the_dictionary_says(chunks: tuple[int, ...]) -> None:
+    """After the edits at the place, of every token; two requests that share the plan are told what one is."""
+    probes = [{"dictionary": "sae", "index": i} for i in (6, 2)] + [{"vector": inline(torch.eye(D)[0]), "layers": 0}]
+    add = {"op": "add", "vector": inline(noise(D, seed=5)), "layers": LAYER}
+    asked = resolve({"interventions": [add], "probes": probes, "report": "tokens"}, SAE)
+    toy = Toy(runtime())
+    for name in ("r", "s"):
+        toy.add(name, asked, PROMPT)
+        toy.complete(name, IDS, P, chunks)
+    want = dictionaries.encode(SAE, before() + noise(D, seed=5))[:, [6, 2]]
+    assert 0 < int((want > 0).sum()) < want.numel()
+    found = [report(toy.runtime, name) for name in ("r", "s")]
+    assert found[0]["probes"] == found[1]["probes"]
+    assert found[0]["error"] is None
+    sae_1, sae_2, ids = found[0]["probes"]
+    for (probe, layer, count, total, low, high, last), acts in zip((sae_1, sae_2), want.T, strict=True):
+        assert (layer, count) == (LAYER, len(IDS)), probe
+        assert (total, low, high, last) == pytest.approx(
+            (float(acts.sum()), float(acts.min()), float(acts.max()), float(acts[-1])), abs=1e-4
+        )
+    assert ids[3] == sum(IDS)
+
+
+@pytest.mark.parametrize("over", ["token", "last_prompt", "prompt_mean"])
+def test_gates_open_where_the_dictionary_says(over: str) -> None:
+    acts = dictionaries.encode(SAE, before())
+    mean = dictionaries.encode(SAE, before()[:P].mean(0, keepdim=True))[0]
+    seen = set()
+    for index in range(7):
+        when = {"dictionary": "sae", "index": index, "above": 0.0, "over": over}
+        add = {"op": "add", "vector": inline(noise(D, seed=5)), "layers": LAYER + 1, "when": when}
+        gated = resolve({"interventions": [add]}, SAE)
+        changed = (served(gated) != alone(None, IDS, P)).any(-1).tolist()
+        opened = float(acts[P - 1, index] if over == "last_prompt" else mean[index]) > 0
+        once = [opened and i >= P - 1 for i in range(len(IDS))]
+        assert changed == ((acts[:, index] > 0).tolist() if over == "token" else once), index
+        seen.add(any(changed))
+    assert seen == {True, False} or over == "token"
+
+
+def test_a_probe_that_cannot_be_read_is_its_requests_own_error() -> None:
+    probing = resolve({"probes": [{"dictionary": "sae", "index": 6}]}, SAE)
+    toy = Toy(Runtime())  # whose plans get no encoder
+    toy.add("r", probing, PROMPT)
+    toy.add("s", plan("add"), PROMPT)
+    toy.run(Piece("r", 0, PROMPT), Piece("s", 0, PROMPT))
+    assert "a probe's encode at layer 2 resid_post failed" in report(toy.runtime, "r")["error"]
+    assert report(toy.runtime, "s")["error"] is None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steersman.server.engine.device import DevicePlans
+from steersman.server.engine.encoders import Encoders
 from steersman.server.engine.owners import Scheduled
 from steersman.server.engine.resident import Shard
 from steersman.server.engine.runtime import Runtime
@@ -17,7 +18,7 @@ from steersman.steering.sites import Site
 from tests.kernels import table_reader
 from tests.server.engine.plans import add, sideways
 from tests.server.engine.toy import args
-from tests.steering.library import D_FF, D_HEAD, HEADS, WIDTHS, D, inline, noise, plan_of
+from tests.steering.library import D_FF, D_HEAD, HEADS, WIDTHS, D, asset, inline, noise, plan_of, resolve
 
 N, PROMPT = 6, 4
 Z, NEURONS, POST = (Place(1, site) for site in (Site.ATTN_Z, Site.MLP_POST, Site.RESID_POST))
@@ -66,6 +67,7 @@ def passes(runtime: Runtime, its_plan: Plan, inputs: dict[Place, Tensor]) -> dic
 
 
 def start(runtime: Runtime, its_plan: Plan) -> Runtime:
+    runtime.plans.on_load = Encoders(lambda ref: SAE, torch.device("cpu")).load
     runtime.plans.add(its_plan.to_bytes(), "http")
     runtime.add_request("r", args(its_plan, list(range(PROMPT)), "r"))
     return runtime
@@ -102,6 +104,11 @@ FF_V = inline(noise(D_FF))
 PLANE = inline(noise(1, 3, WIDE, seed=3), [1])
 READ = {"vector": inline(noise(WIDE, seed=4)), "layer": 1, "site": "attn_z", "above": 0.0}
 AT_Z = {"layers": 1, "site": "attn_z"}
+SAE = asset("sae", "dictionary", {
+    **{name: noise(9, D_FF, seed=i) for i, name in enumerate(("encoder", "decoder"))},
+    "b_enc": noise(9, seed=5), "b_dec": noise(D_FF, seed=6),
+}, site="mlp_post", layer=1, architecture="topk", k=3, apply_b_dec_to_input=True)  # fmt: skip
+FEATURES = {"op": "feature", "dictionary": "sae", "index": [0, 4, 7]}
 CASES: dict[str, Sequence[dict[str, Any]]] = {
     "plain adds": [{"op": "add", "vector": WIDE_V, **AT_Z}, {"op": "heads", "heads": [[1, 1]], "vector": WIDE_W}],
     "reads": [
@@ -123,6 +130,12 @@ CASES: dict[str, Sequence[dict[str, Any]]] = {
         {"op": "neurons", "neurons": {"inline": [[1, 2], [1, 12]]}, "value": 4},
         {"op": "add", "vector": FF_V, "layers": 1, "site": "mlp_post", "relative": "norm"},
     ],
+    "encodes": [
+        {"op": "add", "vector": FF_V, "layers": 1, "site": "mlp_post", "scale": 0.5},
+        {**FEATURES, "mode": "scale", "value": -2.0},
+        {**FEATURES, "mode": "set", "value": 1.5, "only_if_active": True, "preserve_norm": True},
+        add(0, 1, when={"dictionary": "sae", "index": 4, "above": 0.1}),
+    ],
     "gates": [
         add(0, 1, when=READ),
         {"op": "ablate", "vector": FF_V, "layers": 1, "site": "mlp_post", "when": {**READ, "hold": True}},
@@ -134,8 +147,8 @@ CASES: dict[str, Sequence[dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_do_what_one_does(name: str) -> None:
-    probes = [{"vector": WIDE_V, **AT_Z}, {"vector": sideways(0), "layers": 1}]
-    its_plan = plan_of(*CASES[name], probes=probes)
+    probes = [{"vector": WIDE_V, **AT_Z}, {"vector": sideways(0), "layers": 1}, {"dictionary": "sae", "index": 7}]
+    its_plan = resolve({"interventions": list(CASES[name]), "probes": probes}, SAE)
     inputs = {place: activations(place, seed) for seed, place in enumerate((Z, NEURONS, POST))}
     alone = start(Runtime(), its_plan)
     want = passes(alone, its_plan, inputs)
@@ -143,7 +156,8 @@ def test_two_ranks_do_what_one_does(name: str) -> None:
     (a, b), reports, ranks = in_two(its_plan, inputs)
 
     assert ranks.sums[0] == ranks.sums[1]
-    assert not torch.equal(want[Z], inputs[Z]) or name in ("columns and rows", "gates")
+    assert not torch.equal(want[Z], inputs[Z]) or name in ("columns and rows", "encodes", "gates")
+    assert not torch.equal(want[NEURONS], inputs[NEURONS]) or name in ("plain adds", "reads", "norms")
     for place in (Z, NEURONS):
         both = torch.cat([a[place], b[place]], dim=1)
         torch.testing.assert_close(both, want[place], rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -13,6 +14,7 @@ from fastapi.testclient import TestClient
 from steersman.server.engine.frontend import Frontend
 from steersman.steering.formats import gguf, native
 from tests.server.fakes import client, frontend
+from tests.steering.archives import NPZ, bomb, lying, npz
 from tests.steering.library import LAYERS, REF, D, asset, noise, vector
 
 ASSETS = "/v1/steering/assets"
@@ -307,3 +309,47 @@ def test_tensors_of_every_dtype(http: TestClient) -> None:
         own = vector("new", noise(1, D).to(dtype), [LAYERS - 1])
         assert http.post(ASSETS, json=native.to_json(own)).json()["ref"] == own.ref
     assert len(base64.b64decode(native.to_json(own)["tensors"]["vectors"]["data"])) == 2 * D
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Every file below and when it was written, hidden ones too; and what lies beside the folder and above it."""
+    found = {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    return found | {str(path): 0 for above in folder.parents[:2] for path in above.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("data", "metadata"),
+    [
+        (bomb(), NPZ),
+        (lying("(1000000000000,)"), NPZ),
+        (npz()[:-30], NPZ),
+        (npz(), {**NPZ, "name": "../../gemma"}),
+        (npz(), {**NPZ, "name": "gemma/../../x"}),
+        (npz(), {**NPZ, "hook_name": "../blocks.3"}),
+        (npz(), {**NPZ, "layer": 3, "site": "attn_z\x00"}),
+        (npz(), {**NPZ, "labels": {"99": "beyond"}}),
+        (npz(), {**NPZ, "kind": "vector"}),
+        (npz(W_enc=np.full((6, 9), np.nan, np.float32)), NPZ),
+        (npz(b_enc=np.zeros((9, 1), np.float32)), NPZ),
+        (GOOD[:-1], None),
+        (struct.pack("<Q", 2**63) + GOOD[8:], None),
+        (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), None),
+        (gguf.to_gguf(vector("new", noise(1, D), [1]))[:-40], None),
+    ],
+)  # fmt: skip
+def test_of_a_refused_upload_no_file_is_left(
+    http: TestClient, tmp_path: Path, data: bytes, metadata: dict[str, Any] | None
+) -> None:
+    """Not in the store, not beside it: bombs, lies, cut files, paths for names, wrong types."""
+    before = files(tmp_path)
+    form = {} if metadata is None else {"data": {"metadata": json.dumps(metadata)}}
+    error(http.post(ASSETS, files={"file": data}, **form), 400)
+    assert files(tmp_path) == before
+
+
+def test_the_sound_one_of_these_is_stored(http: TestClient, tmp_path: Path) -> None:
+    """Else the files above could be refused for anything."""
+    before = files(tmp_path)
+    answer = http.post(ASSETS, files={"file": npz()}, data={"metadata": json.dumps(NPZ)})
+    assert answer.status_code == 201, answer.text
+    assert len(files(tmp_path)) == len(before) + 2

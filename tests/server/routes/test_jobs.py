@@ -129,7 +129,7 @@ def test_the_schema_tells_of_both_kinds(http: TestClient) -> None:
     schemas = found["components"]["schemas"]
     body = found["paths"][JOBS]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body == {"$ref": "#/components/schemas/SteeringJob"}
-    assert set(schemas["SteeringJob"]["discriminator"]["mapping"]) == {"extract", "calibrate"}
+    assert set(schemas["SteeringJob"]["discriminator"]["mapping"]) == {"extract", "calibrate", "select"}
     assert "pairs" in schemas["SteeringJobExtractSpec"]["properties"]
     for ref in re.findall(r"#/components/schemas/([^\"]+)", json.dumps(found)):
         assert ref in schemas, ref

@@ -103,12 +103,16 @@ def test_what_a_whole_encode_costs_is_told(tmp_path: Path) -> None:
     feature = {"op": "feature", "dictionary": "wide", "index": 3, "value": 2.0}
     found = client(made).post(RESOLVE, json={"steering": {"interventions": [feature]}}).json()
     assert found["cost"]["encodes"] == [
-        {"layer": 2, "site": "resid_post", "dictionary": ref, "features": 7, "multiply_adds_per_token": 7 * D,
-         "bytes_per_worker": 4 * (7 * D + 7)}
+        {"for": "edit", "layer": 2, "site": "resid_post", "dictionary": ref, "features": 7,
+         "multiply_adds_per_token": 7 * D, "bytes_per_worker": 4 * (7 * D + 7)}
     ]  # fmt: skip
     add = {**feature, "mode": "add"}
     found = client(made).post(RESOLVE, json={"steering": {"interventions": [add]}}).json()
     assert found["cost"]["encodes"] == []
+    gated = {**add, "layers": 2, "when": {"dictionary": "wide", "index": 1, "above": 0.5, "over": "last_prompt"}}
+    probes = [{"dictionary": "wide", "index": i} for i in (2, 0)]
+    found = client(made).post(RESOLVE, json={"steering": {"interventions": [gated], "probes": probes}}).json()
+    assert [e["for"] for e in found["cost"]["encodes"]] == ["gate", "probe"]  # one encode for both probes
 
 
 def test_positions_of_token_ids(http: TestClient) -> None:
