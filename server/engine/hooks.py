@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steersman.server.engine.fusion import FusedNorm
 from steersman.server.engine.layers import LayerSites, Linear, find_sites
 from steersman.server.engine.resident import Shard
 from steersman.server.engine.runtime import Runtime
@@ -27,6 +28,7 @@ from steersman.steering.sites import Site
 
 _runtime: Runtime | None = None
 _places: list[Place] = []
+_norms: list[FusedNorm] = []
 
 
 def _edit(x: Tensor, residual: Tensor | None, index: int) -> None:
@@ -39,11 +41,27 @@ def _fake(x: Tensor, residual: Tensor | None, index: int) -> None:
     return None
 
 
+def _edit_and_norm(x: Tensor, residual: Tensor, index: int) -> None:
+    """Makes the ``index``-th fused norm in place, with an edit where this pass has one there."""
+    norm = _norms[index]
+    if _runtime is None or _runtime.device is None:
+        raise RuntimeError("norms are fused and there is no kernel to make them")
+    if not (_runtime.live and _runtime.normalise(norm, x, residual)):
+        _runtime.device.normalise(norm, x.view(-1, x.shape[-1]), residual.view(-1, x.shape[-1]))
+
+
+def _fake_norm(x: Tensor, residual: Tensor, index: int) -> None:
+    return None
+
+
 # Not torch.library.custom_op, whose Python costs several times what an unsteered place may.
 _library = torch.library.Library("steersman", "FRAGMENT")
 _library.define("edit(Tensor(a!) x, Tensor? residual, int index) -> ()")
 _library.impl("edit", _edit, dispatch_key="CompositeExplicitAutograd")
 _library._register_fake("edit", _fake)
+_library.define("edit_and_norm(Tensor(a!) x, Tensor(b!) residual, int index) -> ()")
+_library.impl("edit_and_norm", _edit_and_norm, dispatch_key="CompositeExplicitAutograd")
+_library._register_fake("edit_and_norm", _fake_norm)
 
 
 Touch = Callable[..., None]
@@ -98,6 +116,40 @@ def install(
                 shards[Place(index, site)] = Shard(linear.start, linear.stop, linear.width)
         _hook_layer(layer, found, {site: make(Place(index, site)) for site in hooked})
     return {site: w for site, w in widths.items() if w}, shards
+
+
+def fuse(runtime: Runtime, norms: Iterable[FusedNorm], *, traced: bool = False) -> None:
+    """Lets the kernel make these norms, of layers that :func:`install` has hooked."""
+    make = traced_touch if traced else partial(eager_touch, runtime)
+    _norms[:] = norms
+    for norm in _norms:
+        norm.module.__dict__.pop("forward", None)  # what touches resid_mid there comes before the norm, as now
+        _replace(norm.module, _always(norm) if norm.always else _where_edited(norm, runtime))
+        if norm.places[0].site is Site.RESID_MID:
+            _before_pair(norm.module, make(norm.places[0]))
+
+
+def _always(norm: FusedNorm) -> Callable[..., Any]:
+    inner, index = norm.module.forward, norm.index
+
+    def forward(x: Tensor, residual: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if residual is None or args or kwargs:
+            return inner(x, residual, *args, **kwargs)
+        torch.ops.steersman.edit_and_norm(x, residual, index)
+        return x, residual
+
+    return forward
+
+
+def _where_edited(norm: FusedNorm, runtime: Runtime) -> Callable[..., Any]:
+    inner = norm.module.forward
+
+    def forward(x: Tensor, residual: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if runtime.live and residual is not None and not (args or kwargs) and runtime.normalise(norm, x, residual):
+            return x, residual
+        return inner(x, residual, *args, **kwargs)
+
+    return forward
 
 
 def _widths(found: LayerSites, d_model: int) -> dict[Site, int]:
