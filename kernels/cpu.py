@@ -42,6 +42,7 @@ class Table:
         self.width = width
         self.rows = sum(len(rows) for _, rows in groups)
         self.max_blocks = max((len(p.blocks) for p, _ in groups), default=0)  # columns of `norms`
+        self.reads = any(p.constant is None for p, _ in groups)  # whether any edit depends on the stream
         self.gates = max((p.gates for p, _ in groups), default=0)  # columns of `gates`, 0 when none is needed
         for program, rows in groups:
             if program.width != width:

@@ -60,6 +60,7 @@ class Work:
 
     groups: list[Group] = field(default_factory=list)  # those that a table takes come first
     sources: list[Source] = field(default_factory=list)  # what is read here for injections at later layers
+    quick: Table | None = None  # once it is made, where running it is all that is to be done
     _table: Table | None = None
     _tables: int = 0  # of the groups, how many a table takes
 
@@ -123,6 +124,8 @@ class Work:
             self._table = Table.build(
                 [(g.program, g.rows) for g in tabled if isinstance(g.program, Program)], x.shape[1]
             )
+            if self._tables == len(self.groups) and not self.gated and not self.sources:
+                self.quick = self._table
         if self._table is not None and not measure and self._tables == len(self.groups):
             self._table.apply(x, residual, gates)
             return None

@@ -114,7 +114,7 @@ def decide(
         weight = _weight(norm)
         if weight is not None and weight.dtype != dtype:
             continue
-        kind = type(norm), norm.weight.shape, weight is None, norm.variance_epsilon
+        kind = _kind(norm)
         if kind not in tried:
             tried[kind] = _try(norm, kernel, device, dtype, compile_options)
         form, defined = tried[kind], form_of(norm)
@@ -125,11 +125,10 @@ def decide(
         eps = float(norm.variance_epsilon)
         chosen = defined if form is None else form
         fusion.norms.append(FusedNorm(len(fusion.norms), norm, places, weight, eps, chosen, always))
-    agreed = sum(form is not None for form in tried.values())
-    logger.info(
-        "%d of %d norms are fused with edits; the kernel's bits are the model's for %d of %d kinds of them",
-        len(fusion.norms), len(found), agreed, len(tried),
-    )  # fmt: skip
+    differing = sum(tried[_kind(norm.module)] is None for norm in fusion.norms)
+    logger.info("%d of %d norms are fused with edits", len(fusion.norms), len(found))
+    if differing:
+        logger.warning("%d of %d norms are the kernel's in all passes, with other bits", differing, len(found))
     return fusion
 
 
@@ -203,6 +202,11 @@ def _same(kernel: NormKernel, norm: Any, form: Form, tables: Tables, batch: Pair
     kernel(x, residual, _weight(norm), float(norm.variance_epsilon), nobody, tables, 0, form=form)
     bits = torch.int32 if x.dtype == torch.float32 else torch.int16
     return all(torch.equal(a.view(bits), b.view(bits)) for a, b in zip((x, residual), wanted, strict=True))
+
+
+def _kind(norm: Any) -> Any:
+    """What norms have in common that differ in their weights alone."""
+    return type(norm), norm.weight.shape, _weight(norm) is None, norm.variance_epsilon
 
 
 def _weight(norm: Any) -> Tensor | None:

@@ -60,6 +60,7 @@ class Runtime:
         self.device: DevicePlans | None = None
         self.monitor: Monitor | None = None
         self.fusion = Fusion()
+        self.switch: Any = None  # called with the places of a pass that wants others than the last one; see hooks.py
         self.dosage: Dosage | None = None  # to be set before any request is added
         self.keeps = True  # whether this rank keeps captured rows; of tensor-parallel ones one does
         self.requests: dict[str, RequestState] = {}
@@ -74,6 +75,8 @@ class Runtime:
         self.fused: Mapping[int, Place] = {}  # places that are edited with the norm of this index
         self._unmade: set[Place] = set()  # of these, whose norm has not been called yet
         self.live = False  # whether there are any of either
+        self._switched: object = None  # what it was called with
+        self._plain = False  # whether this pass does nothing but run the layout's tables
         self._measure = False
         self._measured: list[Measured] = []
         self._asked: list[Measured] = []  # the same before the dosage's limit, where there is one
@@ -170,6 +173,7 @@ class Runtime:
         self._rest()
         self.wanted = self.device.places = self.device.at(sites)
         self._fuse(self.device, ())
+        self._switch()
         self.live = self._capturing = True
         try:
             yield
@@ -192,6 +196,7 @@ class Runtime:
         sampled = self.monitor is not None and self.monitor.begin(() if replayed else batch, self.requests)
         if not self.requests and not sampled:
             self._layout_key, self._layouts = None, {}
+            self._switch()
             return
         key: list[Run] = []
         for entry in batch:
@@ -244,6 +249,8 @@ class Runtime:
         due = self._steps % MEASURE_EVERY == 0 or any(o.chosen & o.state.unmeasured for o in self._owners)
         every = self.dosage is not None or any(o.state.whole for o in self._owners)
         self._measure = (due or every or sampled) and not replayed
+        self._plain = self.wanted is self._layouts and self.reduce is None and not (self._measure or self._reads)
+        self._switch()
 
     def end(self) -> None:
         """The pass is over: what runs outside of one, such as a dummy batch, is not edited."""
@@ -278,6 +285,7 @@ class Runtime:
         self._reads = frozenset()
         self.wanted, self.live, self._measure = (), False, False
         self.fused, self._unmade = {}, set()
+        self._plain = False
         if self.device is not None:
             self.device.rest()
             self._on_device, self._device_layout = [], None
@@ -285,6 +293,9 @@ class Runtime:
     def apply(self, place: Place, x: Tensor, residual: Tensor | None = None) -> None:
         """Edits ``x`` [.., d] in place; the stream is ``x + residual`` where a residual is given."""
         try:
+            if self._plain and (table := self._layout[place].quick) is not None and x.dim() == 2:
+                table.apply(x, residual if table.reads else None)
+                return
             if x.dim() != 2:
                 x, residual = _flat(x), None if residual is None else _flat(residual)
             if self.device is not None and place in self.device.places:
@@ -355,6 +366,11 @@ class Runtime:
             self._fail_plans(lacking, "the plans of this batch do not fit on the device together")
         self._on_device = [run for run in runs if run not in lacking]
         return [run for run in key if not run.resident.on_device or (run in lacking and not replayed)]
+
+    def _switch(self) -> None:
+        if self.switch is not None and self.wanted is not self._switched:
+            self._switched = self.wanted
+            self.switch(self.wanted)
 
     def _fuse(self, device: DevicePlans, host: Iterable[Container[Place]]) -> None:
         """Takes out of :attr:`wanted` what is edited with a norm. ``host``: places where the host does something."""

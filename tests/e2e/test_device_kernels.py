@@ -33,7 +33,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, O
 
 def test_norms_are_fused(served: tuple[Server, Oracle]) -> None:
     server, _ = served
-    assert "6 of 6 norms are fused with edits" in server.log.read_text(errors="replace")
+    assert "8 of 8 norms are the kernel's in all passes" in server.log.read_text(errors="replace")
 
 
 @pytest.mark.parametrize("site", ["resid_mid", "resid_post", "attn_z", "mlp_post"])

@@ -10,11 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import parallel_state
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
-from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 from steersman.kernels.norms import DEFINED, Form, add_and_norm
 from steersman.server.engine import hooks, norms
@@ -27,6 +23,7 @@ from steersman.server.engine.runtime import Runtime
 from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import Site
 from tests.kernels import table_reader
+from tests.server.engine.layered import Gemma, Llama, Model, PreNorm, one_rank
 from tests.server.engine.plans import add, gate
 from tests.server.engine.toy import args, report
 from tests.steering.library import LAYERS, D, noise, plan_of
@@ -38,100 +35,8 @@ LOOK = "vLLM changed what server/engine/norms.py relies on; see its docstring"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """vLLM's linear layers ask for their tensor-parallel rank."""
-    with set_current_vllm_config(VllmConfig()):
-        address = f"file://{tmp_path_factory.mktemp('group') / 'store'}"
-        parallel_state.init_distributed_environment(1, 0, address, 0, "gloo")
-        parallel_state.initialize_model_parallel(1)
-        yield
-        parallel_state.destroy_model_parallel()
-        parallel_state.destroy_distributed_environment()
-
-
-class Attend(nn.Module, AttentionLayerBase):
-    def get_attn_backend(self) -> Any:
-        raise NotImplementedError
-
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> None:
-        return None
-
-
-class Branch(nn.Module):
-    """Attention without a past, or an MLP: rows do not see each other, so that their bits are their own."""
-
-    def __init__(self, attends: bool) -> None:
-        super().__init__()
-        self.up_proj, self.down_proj = ColumnParallelLinear(D, 2 * D), RowParallelLinear(2 * D, D)
-        if attends:
-            self.attn = Attend()
-        self.factor = nn.Parameter(noise(D, seed=3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x * self.factor.to(x.dtype)) * 0.75
-
-
-class Llama(nn.Module):
-    norm: Any = RMSNorm
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.input_norm, self.mid_norm = self.norm(D), self.norm(D)
-        self.self_attn, self.mlp = Branch(True), Branch(False)
-
-    def forward(self, hidden_states: Tensor, residual: Tensor | None) -> Any:
-        if residual is None:
-            residual, hidden_states = hidden_states, self.input_norm(hidden_states)
-        else:
-            hidden_states, residual = self.input_norm(hidden_states, residual)
-        hidden_states, residual = self.mid_norm(self.self_attn(hidden_states), residual)
-        return self.mlp(hidden_states), residual
-
-
-class Gemma(Llama):
-    norm = GemmaRMSNorm
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.after_attn, self.after_mlp = self.norm(D), self.norm(D)
-
-    def forward(self, hidden_states: Tensor, residual: Tensor | None) -> Any:
-        if residual is None:
-            residual, hidden_states = hidden_states, self.input_norm(hidden_states)
-        else:
-            hidden_states, residual = self.input_norm(hidden_states, residual)
-        hidden_states = self.after_attn(self.self_attn(hidden_states))
-        hidden_states, residual = self.mid_norm(hidden_states, residual)
-        return self.after_mlp(self.mlp(hidden_states)), residual
-
-
-class PreNorm(Llama):  # GPT-2: the norm is given the sum
-    def __init__(self) -> None:
-        super().__init__()
-        self.input_norm, self.mid_norm = nn.LayerNorm(D), nn.LayerNorm(D)
-
-    def forward(self, hidden_states: Tensor, residual: None = None) -> Any:
-        hidden_states = hidden_states + self.self_attn(self.input_norm(hidden_states))
-        return hidden_states + self.mlp(self.mid_norm(hidden_states)), residual
-
-
-class Model(nn.Module):
-    def __init__(self, layer: type[Llama], dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layer() for _ in range(LAYERS))
-        self.norm = layer.norm(D)
-        for i, parameter in enumerate(self.parameters()):
-            if parameter.dim() == 1 and not isinstance(parameter, nn.Buffer):
-                parameter.data = 1 + noise(D, seed=20 + i) / 4
-        self.to(dtype)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        residual = None
-        for layer in self.layers:
-            hidden_states, residual = layer(hidden_states, residual)
-        if residual is None:
-            return self.norm(hidden_states)  # type: ignore[no-any-return]
-        return self.norm(hidden_states, residual)[0]  # type: ignore[no-any-return]
+def rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    yield from one_rank(tmp_path_factory.mktemp("group"))
 
 
 def other_order(
@@ -254,9 +159,11 @@ def test_neighbours_of_edited_rows_keep_the_bits_of_a_batch_without_edits() -> N
             assert torch.equal(a[rows], b[rows]) == (plan is None)
 
 
-def test_where_bits_differ_nothing_is_fused_unless_it_is_asked_for() -> None:
+def test_where_bits_differ_nothing_is_fused_unless_it_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     assert not Steered(kernel=other_order).runtime.fusion.norms
+    assert not caplog.text
     forced = Steered(asked="on", kernel=other_order)
+    assert f"{2 * LAYERS} of {2 * LAYERS} norms are the kernel's in all passes" in caplog.text
     assert len(forced.runtime.fusion.norms) == 2 * LAYERS
     idle, stock = forced.passes([None] * len(PLANS)), Steered(asked="off").passes([None] * len(PLANS))
     assert forced.launches == 4 * 2 * LAYERS, "the kernel's norm is the model's in passes without edits too"
