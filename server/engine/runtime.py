@@ -26,7 +26,7 @@ from steersman.server.engine.device import DevicePlans
 from steersman.server.engine.dosage import Dosage
 from steersman.server.engine.fusion import FusedNorm, Fusion
 from steersman.server.engine.gating import Decided, gates_of, read_gates
-from steersman.server.engine.layout import Group, Run, Work, group_rows, runs_of
+from steersman.server.engine.layout import Group, Run, Work, group_rows, liken, runs_of
 from steersman.server.engine.monitor import Monitor
 from steersman.server.engine.owners import Owner, Scheduled, fail, own
 from steersman.server.engine.probing import Probing
@@ -352,6 +352,7 @@ class Runtime:
                 out.setdefault(place, Work()).add(Group(resident, program, rows, mask))
             for place, index, weight in resident.sources(mask):
                 out.setdefault(place, Work()).sources.append(Source(Carry(resident, mask, index), weight, rows))
+        liken(out.values())
         return out
 
     def _lay_out_on(self, device: DevicePlans, key: list[Run], replayed: bool) -> list[Run]:
