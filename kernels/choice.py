@@ -43,6 +43,11 @@ def choose(device: torch.device, asked: str | None = None, width: int = 1) -> An
     return None
 
 
+def and_norm(edit: Any) -> Any:
+    """The ``edit_and_norm`` of the kernel whose ``edit`` this is."""
+    return importlib.import_module(edit.__module__).edit_and_norm
+
+
 def _prepared(name: str, device: torch.device, width: int) -> Any:
     module = importlib.import_module(f"steersman.kernels.{name}_edit")
     module.prepare(device, width)

@@ -40,8 +40,10 @@ class Table:
     def __init__(self, groups: Sequence[tuple[Program, Tensor]], width: int, loaded: Library | None) -> None:
         self.groups = tuple(groups)
         self.width = width
-        self.rows = sum(len(rows) for _, rows in groups)
+        counts = [rows.shape[0] for _, rows in groups]
+        self.rows = sum(counts)
         self.max_blocks = max((len(p.blocks) for p, _ in groups), default=0)  # columns of `norms`
+        self.reads = any(p.constant is None for p, _ in groups)  # whether any edit depends on the stream
         self.gates = max((p.gates for p, _ in groups), default=0)  # columns of `gates`, 0 when none is needed
         for program, rows in groups:
             if program.width != width:
@@ -52,7 +54,7 @@ class Table:
                 raise ValueError("a group's rows must be contiguous int64 on the CPU")
         self._loaded = loaded
         if loaded is not None:
-            self._fill(loaded)
+            self._fill(loaded, counts)
 
     @classmethod
     def build(cls, groups: Sequence[tuple[Program, Tensor]], width: int, asked: str | None = None) -> Table:
@@ -114,13 +116,13 @@ class Table:
 
     # -- parts ------------------------------------------------------------------------------------
 
-    def _fill(self, loaded: Library) -> None:
+    def _fill(self, loaded: Library, counts: Sequence[int]) -> None:
         compiled = [_compile(program) for program, _ in self.groups]
-        cost = sum(c.cost * len(rows) for c, (_, rows) in zip(compiled, self.groups, strict=True))
+        cost = sum(c.cost * count for c, count in zip(compiled, counts, strict=True))
         threads = torch.get_num_threads() if cost > PARALLEL and loaded.parallel else 1
         flat = array("q")
-        for c, (_, rows) in zip(compiled, self.groups, strict=True):
-            flat.extend((c.address, rows.data_ptr(), len(rows)))
+        for c, (_, rows), count in zip(compiled, self.groups, counts, strict=True):
+            flat.extend((c.address, rows.data_ptr(), count))
         self._flat = flat
         self._fields = array("q", (
             flat.buffer_info()[0], len(compiled), self.rows, max((c.scratch for c in compiled), default=0),

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from steersman.kernels.arguments import check, check_written
 from steersman.kernels.cuda_library import library
+from steersman.kernels.norms import DEFINED, Form
 from steersman.kernels.tables import Tables
 
 GROUP = 8  # elements of a row that one thread owns side by side
@@ -68,7 +69,7 @@ def edit(
         block b. Others are left as they are.
     squares: [T or more] float32; of rows with a program, filled with ‖stream‖² before the edit.
     """
-    _launch("edit", x, residual, None, 0.0, False, entries, tables, place, gates, norms, squares)
+    _launch("edit", x, residual, None, 0.0, DEFINED, entries, tables, place, gates, norms, squares)
 
 
 def edit_and_norm(
@@ -82,19 +83,18 @@ def edit_and_norm(
     gates: Tensor | None = None,
     norms: Tensor | None = None,
     squares: Tensor | None = None,
-    gemma: bool = False,
+    form: Form = DEFINED,
 ) -> None:
-    """Edits as :func:`edit` does, then adds and normalises every row, edited or not, all in place.
+    """Edits as :func:`edit` does, then does :func:`steersman.kernels.norms.add_and_norm` to every row, edited or not.
 
-    With z the edited stream in float32, unrounded: ``residual`` becomes round(z) and x becomes
-    round(round(z/rms(z))·weight), rms(z) = √(mean z² + eps), as vLLM's ``ir.ops.fused_add_rms_norm`` defines it for a
-    weight in x's dtype. Its compiled kernel rounds z before it takes the mean and the quotient, so that the last bit
-    of x can differ from that one's. With ``gemma``, x becomes round(z/rms(z)·(1 + weight)), as in ``GemmaRMSNorm``.
+    All in place, and with the bits of these two one after the other, but for the sum of squares, which each kernel
+    adds up in an order of its own.
 
     weight: [d] in x's dtype, or None for one without.
+    form: which roundings the norm has. The other arguments are those of :func:`edit`.
     """
     check_written(residual)
-    _launch("edit_and_norm", x, residual, weight, eps, gemma, entries, tables, place, gates, norms, squares)
+    _launch("edit_and_norm", x, residual, weight, eps, form, entries, tables, place, gates, norms, squares)
 
 
 # -- parts ----------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def _launch(
     residual: Tensor | None,
     weight: Tensor | None,
     eps: float,
-    gemma: bool,
+    form: Form,
     entries: Tensor,
     tables: Tables,
     place: int,
@@ -133,7 +133,7 @@ def _launch(
         *(0 if gates is None else gates.stride(0), 0 if norms is None else norms.stride(0)),
         *(rows, width, place, tables.starts.shape[1]),
         *(0 if gates is None else gates.shape[1], 0 if norms is None else norms.shape[1]),
-        *(gemma, eps),
+        *(int(form), eps),
     )
     threads = min(MAX_THREADS, -(-width // (32 * GROUP)) * 32)
     grid = min(rows, ROWS_PER_PROCESSOR * on.processors)

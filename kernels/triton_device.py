@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from steersman.kernels import tables
+from steersman.kernels.norms import Form
 
 RELATIVE = tl.constexpr(tables.RELATIVE)
 ONLY_IF_ACTIVE = tl.constexpr(tables.ONLY_IF_ACTIVE)
@@ -24,6 +25,9 @@ PROGRAM_WORDS = tl.constexpr(tables.PROGRAM_WORDS)
 BLOCK_WORDS = tl.constexpr(tables.BLOCK_WORDS)
 ROW_WORDS = tl.constexpr(tables.ROW_WORDS)
 UNIT = tl.constexpr(tables.UNIT)
+ONE_MORE = tl.constexpr(int(Form.ONE_MORE))
+ROUNDED_SUM = tl.constexpr(int(Form.ROUNDED_SUM))
+ROUNDED_QUOTIENT = tl.constexpr(int(Form.ROUNDED_QUOTIENT))
 
 
 @triton.jit
@@ -159,7 +163,7 @@ def edit(
     norms_columns,
     eps,
     NORM: tl.constexpr,  # whether the RMSNorm follows, for every row
-    GEMMA: tl.constexpr,  # with a weight less by 1, and one rounding less
+    FORM: tl.constexpr,  # in which of its forms, as norms.Form has them
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -182,15 +186,21 @@ def edit(
             change = _change(
                 stream, columns, inside, code + start, vectors, row_gates, gates_columns, row_norms, norms_columns
             )
+        # What does not move keeps its bits: -0 and NaN are not the same after an addition of 0.
+        new = tl.where(change != 0.0, (own.to(tl.float32) + change).to(own.dtype), own)
         if NORM:
-            stream += change
-            tl.store(residual + i * residual_stride + columns, stream.to(own.dtype), mask=inside)
-            new = tl.div_rn(stream, tl.sqrt_rn(tl.div_rn(tl.sum(stream * stream, 0), WIDTH * 1.0) + eps))
+            z = new.to(tl.float32)
+            z += tl.load(residual + i * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
+            tl.store(residual + i * residual_stride + columns, z.to(own.dtype), mask=inside)
+            if (ROUNDED_SUM & FORM) != 0:
+                z = z.to(own.dtype).to(tl.float32)
+            z *= tl.rsqrt(tl.sum(z * z, 0) / WIDTH + eps)
             if weight is not None:
                 factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-                new = new * (1.0 + factor) if GEMMA else new.to(own.dtype).to(tl.float32) * factor
-            new = new.to(own.dtype)
-        else:
-            # What does not move keeps its bits: -0 and NaN are not the same after an addition of 0.
-            new = tl.where(change != 0.0, (own.to(tl.float32) + change).to(own.dtype), own)
+                if (ONE_MORE & FORM) != 0:
+                    factor += 1.0
+                if (ROUNDED_QUOTIENT & FORM) != 0:
+                    z = z.to(own.dtype).to(tl.float32)
+                z *= factor
+            new = z.to(own.dtype)
         tl.store(x + i * x_stride + columns, new, mask=inside)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from steersman.kernels.arguments import check, check_written
+from steersman.kernels.norms import DEFINED, Form
 from steersman.kernels.program import Program
 from steersman.kernels.tables import Tables
 
@@ -58,7 +59,7 @@ def edit(
         block b. Others are left as they are.
     squares: [T or more] float32; of rows with a program, filled with ‖stream‖² before the edit.
     """
-    _launch(x, residual, None, entries, tables, place, gates, norms, squares, 0.0, False, False)
+    _launch(x, residual, None, entries, tables, place, gates, norms, squares, 0.0, False, DEFINED)
 
 
 def edit_and_norm(
@@ -72,19 +73,18 @@ def edit_and_norm(
     gates: Tensor | None = None,
     norms: Tensor | None = None,
     squares: Tensor | None = None,
-    gemma: bool = False,
+    form: Form = DEFINED,
 ) -> None:
-    """Edits as :func:`edit` does, then adds and normalises every row, edited or not, all in place.
+    """Edits as :func:`edit` does, then does :func:`steersman.kernels.norms.add_and_norm` to every row, edited or not.
 
-    With z the edited stream in float32, unrounded: ``residual`` becomes round(z) and x becomes
-    round(round(z/rms(z))·weight), rms(z) = √(mean z² + eps), as vLLM's ``ir.ops.fused_add_rms_norm`` defines it for a
-    weight in x's dtype. With ``gemma``, x becomes round(z/rms(z)·(1 + weight)), as in ``GemmaRMSNorm``. Another kernel
-    for the norm gives other last bits: use this one for all passes of a model or for none.
+    All in place, and with the bits of these two one after the other, but for the sum of squares, which each kernel
+    adds up in an order of its own.
 
-    weight: [d] in x's dtype, or None for one without. The other arguments are those of :func:`edit`.
+    weight: [d] in x's dtype, or None for one without.
+    form: which roundings the norm has. The other arguments are those of :func:`edit`.
     """
     check_written(residual)
-    _launch(x, residual, weight, entries, tables, place, gates, norms, squares, eps, True, gemma)
+    _launch(x, residual, weight, entries, tables, place, gates, norms, squares, eps, True, form)
 
 
 # -- parts ----------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def _launch(
     squares: Tensor | None,
     eps: float,
     norm: bool,
-    gemma: bool,
+    form: Form,
 ) -> None:
     check(x, residual, weight, entries, tables, place, gates, norms, squares)
     rows, width = x.shape
@@ -128,7 +128,7 @@ def _launch(
         *(place, tables.starts.shape[1], x.stride(0), 0 if residual is None else residual.stride(0)),
         *((0, 0) if gates is None else (gates.stride(0), gates.shape[1])),
         *((0, 0) if norms is None else (norms.stride(0), norms.shape[1])),
-        *(eps, norm, gemma, width, lanes),
+        *(eps, norm, int(form), width, lanes),
         num_warps=warps,
         enable_fp_fusion=True,  # not left to Triton, whose default depends on its version
     )

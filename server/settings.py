@@ -40,6 +40,7 @@ class Settings:
     default_profile: str | None = _option(None, "profile applied to every request that does not opt out")
     any_model: bool = _option(False, "accept assets of other models of the same size")
     sites: str = _option("all", "sites to hook, comma-separated; fewer cost less in a compiled model")
+    fused_norm: str = _option("auto", "a GPU's edits and the norms after them in one launch: auto, on or off")
     max_plans: int = _option(4096, "plans resident on a worker")
     plan_memory_mb: int = _option(1024, "memory for resident plans, MiB")
     max_body_mb: int = _option(64, "largest request body, MiB")
@@ -72,6 +73,8 @@ class Settings:
             raise ValueError("--steering-max-action-delta must be a positive number")
         if self.monitor not in ("on", "off"):
             raise ValueError("--steering-monitor must be on or off")
+        if self.fused_norm not in ("auto", "on", "off"):
+            raise ValueError("--steering-fused-norm must be auto, on or off")
         if not 0.1 <= self.monitor_interval <= 3600:
             raise ValueError("--steering-monitor-interval must be 0.1 to 3600 seconds")
         if self.max_relative_norm is not None and not 0 < self.max_relative_norm < math.inf:

@@ -8,10 +8,8 @@
 // thread owns the same groups of eight elements of it from first to last, so a dense write needs no barrier, and
 // base is read again from the first-level cache. A row without a program costs one integer and one lookup.
 //
-// edit_and_norm does that to every row and goes on as a layer does: residual = round(z) and
-// x = round(round(z / rms(z)) * weight) with z = base + change in float32, unrounded. That is vLLM's definition
-// (ir.ops.fused_add_rms_norm). Its compiled kernel differs in taking z as already rounded. Gemma's form is
-// x = round(z / rms(z) * (1 + weight)).
+// edit_and_norm does that and goes on as a layer does, with every row: z = x' + residual in float32, residual = round(z)
+// and x = round(z / rms(z) * weight), with the roundings in between that norms.py's Form asks for.
 //
 // Sums run in an order that depends on the width alone, so a row's bits depend on itself, its program and its
 // gates, and on no alignment, neighbour or number of rows. Asking for norms or squares changes no bit of an edit.
@@ -24,6 +22,7 @@ namespace {
 
 constexpr int RELATIVE = 1, ONLY_IF_ACTIVE = 2, PRESERVE_NORM = 4, READS = 8, READ_COLUMNS = 16, WRITE_COLUMNS = 32;
 constexpr int BLOCK_WORDS = 4, ROW_WORDS = 8, READ = 0, WRITE = 1;  // of `code`
+constexpr int ONE_MORE = 1, ROUNDED_SUM = 2, ROUNDED_QUOTIENT = 4;  // of norms.py's Form
 constexpr int MAX_ROWS = 1024;                                      // of a block
 constexpr int BATCH = 32;                                           // dots between two barriers
 constexpr int SQUARE = BATCH;                                       // a slot beside theirs
@@ -46,7 +45,7 @@ struct Arguments {
     float* squares;      // [rows] or null
     long long x_stride, residual_stride, gates_stride, norms_stride;
     int rows, width, place, places, gates_columns, norms_columns;
-    int gemma;  // multiply by 1 + weight, and round once
+    int form;  // of the norm
     float eps;
 };
 static_assert(sizeof(Arguments) == 144, "cuda_edit.py packs 144 bytes");
@@ -374,15 +373,22 @@ struct Row {
         }
     }
 
-    // residual = round(z), x = z / rms(z) * weight, for z = base + change
+    // x' = round(x + change), z = x' + residual; residual = round(z), x = round(z / rms(z) * weight)
     DEVICE void finish_and_norm() {
         float squared = 0;
         for (int g = thread; g < groups; g += threads) {
-            float z[GROUP];
-            stream(g, z);
+            const Pack<Raw> own = fetch<WIDE>(x + g * GROUP, left(g)), other = fetch<WIDE>(residual + g * GROUP, left(g));
             Pack<Raw> rounded;
+            float c[GROUP], z[GROUP];
+            changed(g, c);
 #pragma unroll
-            for (int k = 0; k < GROUP; k++) squared += z[k] * z[k], rounded.v[k] = E::put(z[k]);
+            for (int k = 0; k < GROUP; k++) {
+                const float to = c[k] != 0 ? E::get(E::put(E::get(own.v[k]) + c[k])) : E::get(own.v[k]);
+                z[k] = to + E::get(other.v[k]);
+                rounded.v[k] = E::put(z[k]);
+                if (args.form & ROUNDED_SUM) z[k] = E::get(rounded.v[k]);
+                squared += z[k] * z[k];
+            }
             store<WIDE>(residual + g * GROUP, rounded, left(g));
             keep(g, z);
         }
@@ -398,8 +404,11 @@ struct Row {
             if (weight) {
                 const Pack<Raw> w = fetch<WIDE>(weight + g * GROUP, left(g));
 #pragma unroll
-                for (int k = 0; k < GROUP; k++)
-                    z[k] = args.gemma ? z[k] * (1.0f + E::get(w.v[k])) : E::get(E::put(z[k])) * E::get(w.v[k]);
+                for (int k = 0; k < GROUP; k++) {
+                    const float factor = E::get(w.v[k]);
+                    if (args.form & ROUNDED_QUOTIENT) z[k] = E::get(E::put(z[k]));
+                    z[k] *= args.form & ONE_MORE ? 1.0f + factor : factor;
+                }
             }
 #pragma unroll
             for (int k = 0; k < GROUP; k++) out.v[k] = E::put(z[k]);

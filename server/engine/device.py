@@ -21,6 +21,7 @@ from torch import Tensor
 from steersman.kernels.program import Program
 from steersman.kernels.reference import Reduce
 from steersman.kernels.tables import NONE, Tables, TablesFull, supports
+from steersman.server.engine.fusion import FusedNorm, NormKernel
 from steersman.server.engine.layout import Run, Work
 from steersman.server.engine.resident import Resident, Shard
 from steersman.steering.plan import Place
@@ -74,6 +75,8 @@ class DevicePlans:
             len(places), device, entries=ENTRIES_PER_PLAN * plans, words=floats // FLOATS_PER_WORD, floats=floats
         )
         self.entries = torch.full((rows,), NONE, dtype=torch.int32, device=device)
+        self.nobody = self.entries.clone()
+        self.norm_kernel: NormKernel | None = None  # where norms are fused with edits
         self.places: frozenset[Place] = frozenset()  # where some row of this pass is edited
         self.sites: frozenset[Site] = frozenset()  # and at which sites
         self._filled = 0  # rows of ``entries`` that may name one
@@ -123,21 +126,32 @@ class DevicePlans:
         """No pass is running. The entries stay: without :attr:`places` nothing is launched that would read them."""
         self.places, self.sites = frozenset(), frozenset()
 
-    def edit(self, place: Place, x: Tensor, residual: Tensor | None) -> None:
-        """Edits the rows of x [T, d] in place."""
-        self._kernel(x, residual, self.entries, self.tables, self._index[place])
+    def edit(self, place: Place, x: Tensor, residual: Tensor | None, norm: FusedNorm | None = None) -> None:
+        """Edits the rows of x [T, d] in place; with ``norm``, then adds and normalises all of them."""
+        self._launch(place, x, residual, norm)
+
+    def normalise(self, norm: FusedNorm, x: Tensor, residual: Tensor) -> None:
+        """Adds and normalises, and edits nothing."""
+        assert self.norm_kernel is not None
+        self.norm_kernel(x, residual, norm.weight, norm.eps, self.nobody, self.tables, 0, form=norm.form)
 
     def edit_and_measure(
-        self, place: Place, x: Tensor, residual: Tensor | None, work: Work, reduce: Reduce | None = None
+        self,
+        place: Place,
+        x: Tensor,
+        residual: Tensor | None,
+        work: Work,
+        reduce: Reduce | None = None,
+        norm: FusedNorm | None = None,
     ) -> Tensor:
-        """The same; [rows, n_blocks] how large each block's edit was beside the stream, for the rows of ``work``.
+        """As :meth:`edit`; [rows, n_blocks] how large each block's edit was beside the stream, of the rows of ``work``.
 
         reduce: adds up over tensor-parallel ranks, where x is one rank's shard.
         """
         blocks = work.interventions.shape[1]
         norms = torch.zeros(len(x), max(blocks, self.tables.blocks), device=x.device)
         squares = torch.zeros(len(x), device=x.device)
-        self._kernel(x, residual, self.entries, self.tables, self._index[place], norms=norms, squares=squares)
+        self._launch(place, x, residual, norm, norms=norms, squares=squares)
         rows = torch.from_numpy(work.rows).to(x.device)
         sizes, square = norms[rows, :blocks], squares[rows]
         if reduce is not None:
@@ -153,6 +167,17 @@ class DevicePlans:
             self._remove(key)
 
     # -- parts ------------------------------------------------------------------------------------
+
+    def _launch(
+        self, place: Place, x: Tensor, residual: Tensor | None, norm: FusedNorm | None, **sizes: Tensor
+    ) -> None:
+        where = self.entries, self.tables, self._index[place]
+        if norm is None:
+            self._kernel(x, residual, *where, **sizes)
+            return
+        assert self.norm_kernel is not None
+        assert residual is not None
+        self.norm_kernel(x, residual, norm.weight, norm.eps, *where, **sizes, form=norm.form)
 
     def _entries(self, needed: Collection[tuple[Resident, int]]) -> dict[tuple[Resident, int], _Entry]:
         """Those of ``needed`` that there is room for."""

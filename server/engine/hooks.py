@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steersman.server.engine.fusion import FusedNorm
 from steersman.server.engine.layers import LayerSites, Linear, find_sites
 from steersman.server.engine.resident import Shard
 from steersman.server.engine.runtime import Runtime
@@ -27,6 +28,7 @@ from steersman.steering.sites import Site
 
 _runtime: Runtime | None = None
 _places: list[Place] = []
+_norms: list[FusedNorm] = []
 
 
 def _edit(x: Tensor, residual: Tensor | None, index: int) -> None:
@@ -39,11 +41,27 @@ def _fake(x: Tensor, residual: Tensor | None, index: int) -> None:
     return None
 
 
+def _edit_and_norm(x: Tensor, residual: Tensor, index: int) -> None:
+    """Makes the ``index``-th fused norm in place, with an edit where this pass has one there."""
+    norm = _norms[index]
+    if _runtime is None or _runtime.device is None:
+        raise RuntimeError("norms are fused and there is no kernel to make them")
+    if not (_runtime.live and _runtime.normalise(norm, x, residual)):
+        _runtime.device.normalise(norm, x.view(-1, x.shape[-1]), residual.view(-1, x.shape[-1]))
+
+
+def _fake_norm(x: Tensor, residual: Tensor, index: int) -> None:
+    return None
+
+
 # Not torch.library.custom_op, whose Python costs several times what an unsteered place may.
 _library = torch.library.Library("steersman", "FRAGMENT")
 _library.define("edit(Tensor(a!) x, Tensor? residual, int index) -> ()")
 _library.impl("edit", _edit, dispatch_key="CompositeExplicitAutograd")
 _library._register_fake("edit", _fake)
+_library.define("edit_and_norm(Tensor(a!) x, Tensor(b!) residual, int index) -> ()")
+_library.impl("edit_and_norm", _edit_and_norm, dispatch_key="CompositeExplicitAutograd")
+_library._register_fake("edit_and_norm", _fake_norm)
 
 
 Touch = Callable[..., None]
@@ -85,6 +103,7 @@ def install(
     """
     global _runtime
     _runtime = runtime
+    runtime.switch = None if traced else Switch()
     make = traced_touch if traced else partial(eager_touch, runtime)
     widths: dict[Site, dict[int, int]] = {site: {} for site in Site}
     shards: dict[Place, Shard] = {}
@@ -96,8 +115,48 @@ def install(
         for site, linear in ((Site.ATTN_Z, found.attn_z), (Site.MLP_POST, found.mlp_post)):
             if site in hooked and linear is not None and linear.stop - linear.start != linear.width:
                 shards[Place(index, site)] = Shard(linear.start, linear.stop, linear.width)
-        _hook_layer(layer, found, {site: make(Place(index, site)) for site in hooked})
+        before = {module: module.__dict__.get("forward") for module in layer.modules()}
+        wrapped = _hook_layer(layer, found, {site: make(Place(index, site)) for site in hooked})
+        if runtime.switch is not None:
+            for module, needing in wrapped.items():
+                runtime.switch.add(module, before[module], [Place(index, site) for site in needing])
     return {site: w for site, w in widths.items() if w}, shards
+
+
+def fuse(runtime: Runtime, norms: Iterable[FusedNorm], *, traced: bool = False) -> None:
+    """Lets the kernel make these norms, of layers that :func:`install` has hooked."""
+    make = traced_touch if traced else partial(eager_touch, runtime)
+    _norms[:] = norms
+    for norm in _norms:
+        if runtime.switch is not None:
+            runtime.switch.leave_on(norm.module)
+        norm.module.__dict__.pop("forward", None)  # what touches resid_mid there comes before the norm, as now
+        _replace(norm.module, _always(norm) if norm.always else _where_edited(norm, runtime))
+        if norm.places[0].site is Site.RESID_MID:
+            _before_pair(norm.module, make(norm.places[0]))
+
+
+def _always(norm: FusedNorm) -> Callable[..., Any]:
+    inner, index = norm.module.forward, norm.index
+
+    def forward(x: Tensor, residual: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if residual is None or args or kwargs:
+            return inner(x, residual, *args, **kwargs)
+        torch.ops.steersman.edit_and_norm(x, residual, index)
+        return x, residual
+
+    return forward
+
+
+def _where_edited(norm: FusedNorm, runtime: Runtime) -> Callable[..., Any]:
+    inner = norm.module.forward
+
+    def forward(x: Tensor, residual: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if runtime.live and residual is not None and not (args or kwargs) and runtime.normalise(norm, x, residual):
+            return x, residual
+        return inner(x, residual, *args, **kwargs)
+
+    return forward
 
 
 def _widths(found: LayerSites, d_model: int) -> dict[Site, int]:
@@ -116,32 +175,81 @@ def _widths(found: LayerSites, d_model: int) -> dict[Site, int]:
     return out
 
 
-def _hook_layer(layer: nn.Module, found: LayerSites, touch: Mapping[Site, Touch]) -> None:
-    def linear(site: Site, at: Linear | None) -> None:
-        if site in touch and at is not None:
-            at.module.requires_unquantized_input = True
-            _before_first(at.module, touch[site])
+def _hook_layer(layer: nn.Module, found: LayerSites, touch: Mapping[Site, Touch]) -> dict[nn.Module, list[Site]]:
+    """Wraps a layer and its children; for each that is wrapped, the sites that need it."""
+    wrapped: dict[nn.Module, list[Site]] = {
+        layer: [site for site in (Site.RESID_PRE, Site.RESID_POST) if site in touch]
+    }
+
+    def at(site: Site, module: nn.Module) -> nn.Module:
+        wrapped.setdefault(module, []).append(site)
+        return module
+
+    def linear(site: Site, found: Linear | None) -> None:
+        if site in touch and found is not None:
+            found.module.requires_unquantized_input = True
+            _before_first(at(site, found.module), touch[site])
 
     linear(Site.ATTN_Z, found.attn_z)
     linear(Site.MLP_POST, found.mlp_post)
     if Site.ATTN_OUT in touch and found.attn_out:
-        _after(found.attn_out.module, touch[Site.ATTN_OUT])
+        _after(at(Site.ATTN_OUT, found.attn_out.module), touch[Site.ATTN_OUT])
     if Site.MLP_OUT in touch and found.mlp_out:
-        _after(found.mlp_out.module, touch[Site.MLP_OUT])
+        _after(at(Site.MLP_OUT, found.mlp_out.module), touch[Site.MLP_OUT])
     base: _Base | None = None
     if Site.RESID_MID in touch:
         if found.mid_norm is not None:
-            _before_pair(found.mid_norm, touch[Site.RESID_MID])
+            _before_pair(at(Site.RESID_MID, found.mid_norm), touch[Site.RESID_MID])
         elif found.mid_adder is not None:
             base = _Base()
-            _after_with(found.mid_adder.module, touch[Site.RESID_MID], base)
+            _after_with(at(Site.RESID_MID, found.mid_adder.module), touch[Site.RESID_MID], base)
+            at(Site.RESID_MID, layer)
     _around(layer, touch.get(Site.RESID_PRE), touch.get(Site.RESID_POST), base)
+    return wrapped
 
 
 class _Base:
     """The stream that entered a layer, kept while the layer runs, for a resid_mid that no one tensor holds."""
 
     stream: Tensor | None = None
+
+
+class Switch:
+    """Wrappers of modules that Python runs, which are on them only for passes that want one of their places.
+
+    So a pass without edits runs stock code, and others pay for what they edit.
+    """
+
+    def __init__(self) -> None:
+        self._bare: dict[nn.Module, Callable[..., Any] | None] = {}  # the instance's own forward, if it had one
+        self._wrapped: dict[nn.Module, Callable[..., Any]] = {}
+        self._needing: dict[Place, list[nn.Module]] = {}
+        self._on: set[nn.Module] = set()
+
+    def add(self, module: nn.Module, bare: Callable[..., Any] | None, places: Iterable[Place]) -> None:
+        """A module that has been wrapped, and so is on: for ``places``."""
+        self._bare[module], self._wrapped[module] = bare, module.__dict__["forward"]
+        self._on.add(module)
+        for place in places:
+            self._needing.setdefault(place, []).append(module)
+
+    def leave_on(self, module: nn.Module) -> None:
+        """The module's wrapper is not ours any more."""
+        for modules in self._needing.values():
+            if module in modules:
+                modules.remove(module)
+        self._on.discard(module)
+
+    def __call__(self, wanted: Iterable[Place]) -> None:
+        needed = {module for place in wanted for module in self._needing.get(place, ())}
+        for module in self._on - needed:
+            if (bare := self._bare[module]) is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = bare
+        for module in needed - self._on:
+            module.__dict__["forward"] = self._wrapped[module]
+        self._on = needed
 
 
 def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 TOKENS = 3  # not 2: a pair of rows could be unpacked where a tuple is expected
@@ -56,6 +57,7 @@ class LayerSites:
 
     attn_out: Adder | None = None
     mlp_out: Adder | None = None
+    pre_norm: nn.Module | None = None  # called first, with (hidden_states, residual): resid_pre is their sum
     mid_norm: nn.Module | None = None  # called with (added, residual): resid_mid is their sum
     mid_adder: Adder | None = None  # resid_mid is the layer's input + its output
     attn_z: Linear | None = None
@@ -74,6 +76,13 @@ def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count and any(map(_attends, module)):
             return module
     raise LookupError(f"no list of {count} decoder layers with attention in {type(model).__name__}")
+
+
+def norm_after(model: nn.Module, layers: nn.ModuleList) -> nn.Module | None:
+    """The one norm beside ``layers``, which reads the last one's stream where it is called with two tensors."""
+    (owner,) = (m for m in model.modules() if any(child is layers for child in m.children()))
+    norms = [m for m in owner.children() if isinstance(m, RMSNorm | GemmaRMSNorm)]
+    return norms[0] if len(norms) == 1 else None
 
 
 def find_sites(layer: nn.Module, d_model: int) -> LayerSites:
@@ -96,7 +105,9 @@ def find_sites(layer: nn.Module, d_model: int) -> LayerSites:
     sequential = calls.index(attn_name) < calls.index(mlp_name)
     mid_norm = _norm_reading(trace, attn, calls, mlp_name) if attn and sequential else None
     fused = mid_norm is not None and trace.calls[calls.index(mid_norm)][1] == 2
+    first, tensors = trace.calls[0]
     return LayerSites(
+        pre_norm=modules[first] if tensors == 2 and _reads(trace, first, trace.stream_in) else None,
         attn_out=Adder(attn, modules[attn]) if attn else None,
         mlp_out=Adder(mlp, modules[mlp]) if mlp else None,
         mid_norm=modules[mid_norm] if mid_norm and fused else None,
@@ -260,6 +271,11 @@ def _norm_reading(trace: _Trace, adder: str, calls: list[str], mlp: str) -> str 
     """The child after ``adder``, and no later than the MLP, that reads the stream with attention's part added."""
     wanted = trace.stream_in + trace.outputs[adder]
     for name in calls[calls.index(adder) + 1 : calls.index(mlp) + 1]:
-        if torch.allclose(trace.inputs[name], wanted, atol=1e-4):
+        if _reads(trace, name, wanted):
             return name
     return None
+
+
+def _reads(trace: _Trace, name: str, wanted: Tensor) -> bool:
+    """Whether the sum of what the child is called with is ``wanted``."""
+    return bool(torch.allclose(trace.inputs[name], wanted, atol=1e-4))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +60,8 @@ class Work:
 
     groups: list[Group] = field(default_factory=list)  # those that a table takes come first
     sources: list[Source] = field(default_factory=list)  # what is read here for injections at later layers
+    like: Work | None = None  # one at another place that tells the same of its rows, see `liken`
+    quick: Table | None = None  # once it is made, where running it is all that is to be done
     _table: Table | None = None
     _tables: int = 0  # of the groups, how many a table takes
 
@@ -77,20 +79,22 @@ class Work:
     @cached_property
     def rows(self) -> NDArray[np.int64]:
         """[n] the rows of all groups one after another."""
+        if self.like is not None:
+            return self.like.rows
         return np.concatenate([g.rows.numpy() for g in self.groups])
 
     @cached_property
     def interventions(self) -> NDArray[np.int64]:
         """[n, max_blocks] the intervention of each row's blocks, -1 past its last one."""
-        return self._by_row(lambda block: block.intervention)
+        return self.like.interventions if self.like else self._by_row(lambda block: block.intervention)
 
     @cached_property
     def gates(self) -> NDArray[np.int64]:
         """[n, max_blocks] the gate of each row's blocks, -1 where there is none."""
-        return self._by_row(lambda block: block.gate)
+        return self.like.gates if self.like else self._by_row(lambda block: block.gate)
 
     def _by_row(self, value: Callable[[Block | Injected], int]) -> NDArray[np.int64]:
-        out = np.full((len(self.rows), max(len(g.program.blocks) for g in self.groups)), -1)
+        out = np.full((self.rows.shape[0], max(len(g.program.blocks) for g in self.groups)), -1)
         for group, mine in self.slices():
             out[mine, : len(group.program.blocks)] = [value(block) for block in group.program.blocks]
         return out
@@ -99,8 +103,9 @@ class Work:
         """Each group with its part of what is kept for the rows of all groups one after another."""
         start = 0
         for group in self.groups:
-            yield group, slice(start, start + len(group.rows))
-            start += len(group.rows)
+            count = group.rows.shape[0]
+            yield group, slice(start, start + count)
+            start += count
 
     def apply(
         self,
@@ -123,11 +128,13 @@ class Work:
             self._table = Table.build(
                 [(g.program, g.rows) for g in tabled if isinstance(g.program, Program)], x.shape[1]
             )
+            if self._tables == len(self.groups) and not self.gated and not self.sources:
+                self.quick = self._table
         if self._table is not None and not measure and self._tables == len(self.groups):
             self._table.apply(x, residual, gates)
             return None
         norms = torch.zeros(self.interventions.shape, device=x.device) if measure else None
-        squares = torch.zeros(len(self.rows), device=x.device) if measure else None
+        squares = torch.zeros(self.rows.shape[0], device=x.device) if measure else None
         done = 0  # rows
         if self._table is not None and self._table.rows:
             done = self._table.rows
@@ -169,6 +176,18 @@ def _edit(
     x[rows] = torch.where(change == 0, own, own + change).to(x.dtype)  # -0.0 + 0 is +0.0
     if norms is not None and squares is not None:
         norms.copy_(sizes * squares.sqrt()[:, None])
+
+
+def liken(works: Iterable[Work]) -> None:
+    """Has works share their arrays where the same interventions edit the same rows, as at a plan's many layers."""
+    first: dict[Any, Work] = {}
+    for work in works:
+        key = tuple(
+            (id(group.rows), *((block.intervention, block.gate) for block in group.program.blocks))
+            for group in work.groups
+        )
+        if (found := first.setdefault(key, work)) is not work:
+            work.like = found
 
 
 def group_rows(runs: Sequence[Run]) -> dict[tuple[Resident, int], Tensor]:

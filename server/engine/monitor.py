@@ -144,6 +144,7 @@ class Monitor:
         self._groups: Ints = np.zeros(0, np.int64)  # [rows] index into GROUPS, -1: nobody's
         self._finished: list[bool] | None = None  # by request, whether its next token is sampled; of the last pass
         self._entering: tuple[int, Tensor, Tensor] | None = None  # layer, its stream and norms
+        self._left: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None  # what the last layer left, and those
         self._norms: dict[int, Tensor] = {}
         self._cosines: dict[int, Tensor] = {}
         self._watched: dict[Place, tuple[list[str], Tensor]] = {}  # names, directions [k, d]
@@ -212,21 +213,25 @@ class Monitor:
                 self._finished.append(entry.start + entry.n >= prompt)
         return self.sampling
 
-    def see(self, place: Place, x: Tensor, residual: Tensor | None) -> None:
-        """The stream at ``place``, after its edits."""
+    def see(self, place: Place, x: Tensor, residual: Tensor | None, edited: bool = True) -> None:
+        """The stream at ``place``, after its edits; ``edited``: whether there may have been any."""
         if not self.counts or place not in self.places:
             return
         with self._guarded():
-            stream = stream_of(x, residual, len(self._groups))
+            left, self._left = self._left, None
+            if left is not None and (left[0] is not x or left[1] is not residual or edited):
+                left = None
+            stream = stream_of(x, residual, len(self._groups)) if left is None else left[2]
             if place in self._watched:
                 names, directions = self._watched[place]
                 self._watched_values.append((place.layer, names, stream @ directions.T.to(stream.device)))
             if place not in self._streams:
                 return
-            lengths = norms(stream)
+            lengths = norms(stream) if left is None else left[3]
             if place.site is Site.RESID_PRE:
                 self._entering = place.layer, stream, lengths
                 return
+            self._left = x, residual, stream, lengths
             self._norms[place.layer] = lengths
             if self._entering is not None and self._entering[0] == place.layer:
                 self._cosines[place.layer] = cosines(self._entering[1], stream, self._entering[2], lengths)
@@ -247,7 +252,8 @@ class Monitor:
             with self._guarded():
                 self._count(measured)
         self.sampling = False
-        self._entering, self._norms, self._cosines, self._watched_values = None, {}, {}, []
+        self._entering, self._left = None, None
+        self._norms, self._cosines, self._watched_values = {}, {}, []
 
     def _count(self, measured: Iterable[Measured]) -> None:
         kept = self._buffers

@@ -68,6 +68,11 @@ def mark_graphs(config: Any) -> None:
     }
 
 
+def mark_norms(config: Any, norms: list[list[str]]) -> None:
+    """The same for the norms that the kernel makes in all passes, by the places before them; known after loading."""
+    config.additional_config["steersman"]["norms"] = norms
+
+
 def _forward_to(name: str) -> Callable[..., Any]:
     def call(self: Any, *args: Any) -> Any:
         return getattr(self.steersman, name)(*args)

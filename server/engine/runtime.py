@@ -24,8 +24,9 @@ from steersman.server.engine.captures import NOTHING, Captures
 from steersman.server.engine.carry import Carried, Carry, Source
 from steersman.server.engine.device import DevicePlans
 from steersman.server.engine.dosage import Dosage
+from steersman.server.engine.fusion import FusedNorm, Fusion
 from steersman.server.engine.gating import Decided, gates_of, read_gates
-from steersman.server.engine.layout import Group, Run, Work, group_rows, runs_of
+from steersman.server.engine.layout import Group, Run, Work, group_rows, liken, runs_of
 from steersman.server.engine.monitor import Monitor
 from steersman.server.engine.owners import Owner, Scheduled, fail, own
 from steersman.server.engine.probing import Probing
@@ -58,6 +59,8 @@ class Runtime:
         self.plans = ResidentPlans(capacity, limit, self.shards)
         self.device: DevicePlans | None = None
         self.monitor: Monitor | None = None
+        self.fusion = Fusion()
+        self.switch: Any = None  # called with the places of a pass that wants others than the last one; see hooks.py
         self.dosage: Dosage | None = None  # to be set before any request is added
         self.keeps = True  # whether this rank keeps captured rows; of tensor-parallel ones one does
         self.requests: dict[str, RequestState] = {}
@@ -68,8 +71,12 @@ class Runtime:
         self._layouts: Layout = {}
         self._carried = Carried()
         self._reads: frozenset[Place] = frozenset()  # places that are read by gates or probes in this step
-        self.wanted: Container[Place] = ()  # places that are edited or read in this step
-        self.live = False  # whether there are any
+        self.wanted: Collection[Place] = ()  # places that are edited or read in this step
+        self.fused: Mapping[int, Place] = {}  # places that are edited with the norm of this index
+        self._unmade: set[Place] = set()  # of these, whose norm has not been called yet
+        self.live = False  # whether there are any of either
+        self._switched: object = None  # what it was called with
+        self._plain = False  # whether this pass does nothing but run the layout's tables
         self._measure = False
         self._measured: list[Measured] = []
         self._asked: list[Measured] = []  # the same before the dosage's limit, where there is one
@@ -165,9 +172,16 @@ class Runtime:
         assert self.device is not None
         self._rest()
         self.wanted = self.device.places = self.device.at(sites)
+        self._fuse(self.device, ())
+        self._switch()
         self.live = self._capturing = True
         try:
             yield
+            if self._unmade and len(self._unmade) < len(self.fused):  # the model ran
+                raise RuntimeError(
+                    f"{min(self._unmade).name} was to be edited by a norm that was not called with the stream; "
+                    "say --steering-fused-norm off"
+                )
         finally:
             self._capturing = False
             self._rest()
@@ -182,6 +196,7 @@ class Runtime:
         sampled = self.monitor is not None and self.monitor.begin(() if replayed else batch, self.requests)
         if not self.requests and not sampled:
             self._layout_key, self._layouts = None, {}
+            self._switch()
             return
         key: list[Run] = []
         for entry in batch:
@@ -224,15 +239,23 @@ class Runtime:
             self._streams, self._logits = Streams(asking), next_tokens(batch, asking)
         if self._streams.places:
             self.wanted = self._streams.places.union(self.wanted)
-        self.live = bool(self.wanted)
+        if self.fusion.norms and self._on_device and self.device is not None and not replayed:
+            seen = self.monitor.places if sampled and self.monitor is not None else ()
+            host = self._layout, self._reads, self._captures.places, self._streams.places, seen
+            self._fuse(self.device, host)
+        self.live = bool(self.wanted or self.fused)
         self._probing = Probing(self._owners)
         self._steps += 1
         due = self._steps % MEASURE_EVERY == 0 or any(o.chosen & o.state.unmeasured for o in self._owners)
         every = self.dosage is not None or any(o.state.whole for o in self._owners)
         self._measure = (due or every or sampled) and not replayed
+        self._plain = self.wanted is self._layouts and self.reduce is None and not (self._measure or self._reads)
+        self._switch()
 
     def end(self) -> None:
         """The pass is over: what runs outside of one, such as a dummy batch, is not edited."""
+        if self._unmade:
+            fail([o.state for o in self._owners], f"{min(self._unmade).name} was not edited: no norm was called there")
         try:
             self._note()
         except Exception as error:
@@ -261,6 +284,8 @@ class Runtime:
         self._carried = Carried()
         self._reads = frozenset()
         self.wanted, self.live, self._measure = (), False, False
+        self.fused, self._unmade = {}, set()
+        self._plain = False
         if self.device is not None:
             self.device.rest()
             self._on_device, self._device_layout = [], None
@@ -268,6 +293,9 @@ class Runtime:
     def apply(self, place: Place, x: Tensor, residual: Tensor | None = None) -> None:
         """Edits ``x`` [.., d] in place; the stream is ``x + residual`` where a residual is given."""
         try:
+            if self._plain and (table := self._layout[place].quick) is not None and x.dim() == 2:
+                table.apply(x, residual if table.reads else None)
+                return
             if x.dim() != 2:
                 x, residual = _flat(x), None if residual is None else _flat(residual)
             if self.device is not None and place in self.device.places:
@@ -277,6 +305,21 @@ class Runtime:
             if self._capturing:
                 raise
             fail([o.state for o in self._owners], f"editing {place.name} failed: {error}")
+
+    def normalise(self, norm: FusedNorm, x: Tensor, residual: Tensor) -> bool:
+        """Edits, adds and normalises in place, where this pass edits with ``norm``; whether it does."""
+        place = self.fused.get(norm.index)
+        if place is None or self.device is None:
+            return False
+        self._unmade.discard(place)
+        try:
+            self._apply_on(self.device, place, _flat(x), _flat(residual), norm)
+        except Exception as error:
+            if self._capturing:
+                raise
+            fail([o.state for o in self._owners], f"editing {place.name} failed: {error}")
+            return False
+        return True
 
     def see_logits(self, logits: Tensor) -> None:
         """Logits [n, vocabulary] that the model computes; the first after a pass are of its tokens."""
@@ -309,6 +352,7 @@ class Runtime:
                 out.setdefault(place, Work()).add(Group(resident, program, rows, mask))
             for place, index, weight in resident.sources(mask):
                 out.setdefault(place, Work()).sources.append(Source(Carry(resident, mask, index), weight, rows))
+        liken(out.values())
         return out
 
     def _lay_out_on(self, device: DevicePlans, key: list[Run], replayed: bool) -> list[Run]:
@@ -324,15 +368,27 @@ class Runtime:
         self._on_device = [run for run in runs if run not in lacking]
         return [run for run in key if not run.resident.on_device or (run in lacking and not replayed)]
 
-    def _apply_on(self, device: DevicePlans, place: Place, x: Tensor, residual: Tensor | None) -> None:
+    def _switch(self) -> None:
+        if self.switch is not None and self.wanted is not self._switched:
+            self._switched = self.wanted
+            self.switch(self.wanted)
+
+    def _fuse(self, device: DevicePlans, host: Iterable[Container[Place]]) -> None:
+        """Takes out of :attr:`wanted` what is edited with a norm. ``host``: places where the host does something."""
+        self.wanted, self.fused = self.fusion.split(frozenset(self.wanted), device.places, host)
+        self._unmade = set(self.fused.values())
+
+    def _apply_on(
+        self, device: DevicePlans, place: Place, x: Tensor, residual: Tensor | None, norm: FusedNorm | None = None
+    ) -> None:
         if not self._measure:
-            device.edit(place, x, residual)
+            device.edit(place, x, residual, norm)
             return
         if self._device_layout is None:
             self._device_layout = self._lay_out(self._on_device)
         work = self._device_layout[place]
         reduce = self.reduce if place in self.shards else None
-        self._measured.append((place, work, device.edit_and_measure(place, x, residual, work, reduce), None))
+        self._measured.append((place, work, device.edit_and_measure(place, x, residual, work, reduce, norm), None))
 
     def _fail_plans(self, runs: Iterable[Run], message: str) -> None:
         residents = {id(run.resident) for run in runs}
@@ -373,7 +429,8 @@ class Runtime:
         if self.keeps and place in self._streams.places:
             self._streams.read(place, x, residual)
         if self.monitor is not None and self.monitor.sampling:
-            self.monitor.see(place, x, residual)
+            edited = work is not None or (self.device is not None and place in self.device.places)
+            self.monitor.see(place, x, residual, edited)
 
     def _read_sources(self, place: Place, work: Work, x: Tensor, residual: Tensor | None) -> list[tuple[Carry, Tensor]]:
         """What injections at later layers take of this place, before its edits."""

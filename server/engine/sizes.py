@@ -48,16 +48,26 @@ def add_up(measured: Sequence[Measured], owners: Sequence[Any]) -> None:
     width = max(len(o.state.steps) for o in owners) + 1  # and one for what is not there
     ends = np.array([o.row + o.count for o in owners])
     sums = np.zeros((len(measured), 2, len(owners), width))
-    for at, (_, work, relative, gates) in zip(sums, measured, strict=True):
+    alike: dict[int, list[int]] = {}  # the places that tell the same of their rows
+    for i, (_, work, _, _) in enumerate(measured):
+        alike.setdefault(id(work.like or work), []).append(i)
+    for places in alike.values():
+        work = measured[places[0]][1]
         whose = np.searchsorted(ends, work.rows, side="right")  # index of each row's owner
         cells = (whose[:, None] * width + work.interventions % width).ravel()
-        opened = np.ones(relative.shape)
-        if gates is not None:
+        values = np.stack([measured[i][2].cpu().numpy() for i in places])  # [places, rows, n_blocks]
+        opened = np.ones(values.shape)
+        if work.gated:
             gated = work.gates >= 0
-            opened[gated] = np.take_along_axis(gates.cpu().numpy(), work.gates.clip(0), 1)[gated] > 0
-        weights = (relative.cpu().numpy() * opened).ravel(), opened.ravel()
-        for total, weight in zip(at, weights, strict=True):
-            total += np.bincount(cells, weight, total.size).reshape(total.shape)
+            for at, i in zip(opened, places, strict=True):
+                gates = measured[i][3]
+                assert gates is not None
+                at[gated] = np.take_along_axis(gates.cpu().numpy(), work.gates.clip(0), 1)[gated] > 0
+        size = sums[0, 0].size
+        every = (np.arange(len(places))[:, None] * size + cells).ravel()
+        for k, weights in enumerate((values * opened, opened)):
+            found = np.bincount(every, weights.ravel(), len(places) * size)
+            sums[places, k] = found.reshape(len(places), len(owners), width)
     layers = tuple(place.layer for place, *_ in measured)
     for i, owner in enumerate(owners):
         owner.state.measured(layers, sums[:, :, i, : len(owner.state.steps)])

@@ -17,10 +17,11 @@ from vllm.config import CompilationMode
 from vllm.distributed import get_pp_group, get_tp_group, tensor_model_parallel_all_reduce
 
 from steersman.kernels import choice, cpu_library
-from steersman.server.engine import graphs, hooks, runner_v1, runner_v2
+from steersman.server.engine import graphs, hooks, norms, plugin, runner_v1, runner_v2
 from steersman.server.engine.device import DevicePlans, Kernel
 from steersman.server.engine.dosage import Dosage
 from steersman.server.engine.encoders import Encoders
+from steersman.server.engine.fusion import NormKernel
 from steersman.server.engine.layers import decoder_layers
 from steersman.server.engine.monitor import Monitor
 from steersman.server.engine.resident import Shard
@@ -77,12 +78,14 @@ class WorkerSteering:
             mine = [(i, m) for i, m in enumerate(layers) if any(True for _ in m.parameters())]
             self.layers = frozenset(i for i, _ in mine)
             traced = worker.vllm_config.compilation_config.mode != CompilationMode.NONE
+            fusable = _fusable(worker, layers, mine, self.d_model, settings)
             widths, shards = hooks.install(mine, self.d_model, self.runtime, settings.hooked_sites, traced=traced)
             self.runtime.shard(shards)
             kernel = choice.choose(worker.device, width=_widest(widths, shards))
             if kernel is not None:
                 graphs.use(settings.hooked_sites)
                 self.runtime.use_device(_device_plans(kernel, worker, settings, widths, shards))
+                _fuse(self.runtime, choice.and_norm(kernel), fusable, worker, settings.fused_norm, traced)
         runner = runner_v2 if worker.use_v2_model_runner else runner_v1
         runner.attach(worker.model_runner, self.runtime)
         self.info = ModelInfo(
@@ -190,6 +193,32 @@ class WorkerSteering:
 
     def stats(self) -> dict[str, Any]:
         return {"plans_resident": len(self.runtime.plans), "plan_bytes": self.runtime.plans.size}
+
+
+def _fusable(
+    worker: Any, layers: Any, mine: list[tuple[int, Any]], d_model: int, settings: Settings
+) -> list[norms.Candidate]:
+    """The norms that may be fused with edits; norms.py says what stands against it."""
+    config = worker.vllm_config
+    compilation = config.compilation_config
+    fuses_itself = config.quant_config is not None or getattr(compilation.pass_config, "fuse_allreduce_rms", False)
+    if settings.fused_norm == "off" or (compilation.mode != CompilationMode.NONE and fuses_itself):
+        return []
+    model, between = worker.model_runner.get_model(), config.speculative_config is None
+    return norms.candidates(model, layers, mine, d_model, settings.hooked_sites, between)
+
+
+def _fuse(
+    runtime: Runtime, kernel: NormKernel, found: list[norms.Candidate], worker: Any, asked: str, traced: bool
+) -> None:
+    assert runtime.device is not None
+    config = worker.vllm_config
+    options = config.compilation_config.inductor_compile_config if traced else None
+    runtime.fusion = norms.decide(asked, found, kernel, worker.device, config.model_config.dtype, options)
+    runtime.device.norm_kernel = kernel
+    hooks.fuse(runtime, runtime.fusion.norms, traced=traced)
+    always = [[place.name for place in norm.places] for norm in runtime.fusion.norms if norm.always]
+    plugin.mark_norms(config, always)
 
 
 def _device_plans(

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from steersman.kernels.norms import DEFINED, Form, add_and_norm
 from steersman.kernels.program import Program
 from steersman.kernels.reference import edit as reference
 from steersman.kernels.tables import NONE, Tables
 from steersman.steering import lower
 from tests.kernels.programs import gates_of, vector
 
+FORMS = [DEFINED, Form.ONE_MORE, Form.ROUNDED_SUM | Form.ROUNDED_QUOTIENT, Form(0)]  # defined, Gemma's, compiled ones
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of a rounding, relative
 SMALLEST = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-25}  # of a rounding among subnormals
@@ -118,6 +120,36 @@ class Batch:
         assert (norms[len(self.programs) :] == POISON).all()
         assert (squares[len(self.programs) :] == POISON).all()
 
+    def check_norm(
+        self, edit: Edit, edit_and_norm: Edit, weight: Tensor | None, form: Form, steps: float = 0.5
+    ) -> None:
+        """What is added is what ``edit`` leaves, bit by bit; what is normalised is right up to its roundings."""
+        eps = 1e-3
+        assert self.residual is not None
+        before, rest = self.whole.clone(), self.residual.clone()
+        edit(self.x, self.residual, self.entries, self.tables, PLACE, self.gates, *self.sizes())
+        edited, norms, squares = self.x.clone(), self.norms.clone(), self.squares.clone()
+        self.whole.copy_(before)
+        old = self.x.clone()
+        where = (self.entries, self.tables, PLACE, self.gates, *self.sizes())
+        edit_and_norm(self.x, self.residual, weight, eps, *where, form=form)
+        got = self.x.cpu().double()
+        self.x.copy_(old)
+        assert torch.equal(bits(self.whole), bits(before)), "nothing but the rows is written"
+        total = edited.float() + rest.float()
+        if steps == 0.5:
+            assert torch.equal(bits(self.residual), bits(total.to(rest.dtype)))
+        half = 2.02 * steps * HALF_STEP[rest.dtype]
+        assert ((self.residual.double() - total).abs() <= half * total.abs() + SMALLEST[rest.dtype]).all()
+        assert torch.equal(self.norms, norms)
+        assert torch.equal(self.squares, squares)
+        z = (self.residual if Form.ROUNDED_SUM in form else total).cpu().double()
+        factor = torch.ones(z.shape[1]).double() if weight is None else weight.cpu().double() + (Form.ONE_MORE in form)
+        y = z / (z.square().mean(-1, keepdim=True) + eps).sqrt() * factor
+        roundings = 2 if weight is not None and Form.ROUNDED_QUOTIENT in form else 1
+        slack = SMALLEST[rest.dtype] * (1 + factor.abs())
+        assert ((got - y).abs() <= (roundings * half + SUMS) * y.abs() + slack).all()
+
     def wanted(self, i: int, program: Program, own: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Row i after the edit, the size of each block's change, and the stream before, in float64."""
         own = own.double()
@@ -154,6 +186,26 @@ def deal(programs: Sequence[Program], n: int, seed: int) -> list[Program | None]
     dealt = hands[:n] + [rng.choice(hands) for _ in range(n - len(hands))]
     rng.shuffle(dealt)
     return dealt
+
+
+def check_roundings(edit_and_norm: Edit, device: str) -> None:
+    """With a weight of 1.5 each form gives other numbers for some rows: each is the one that was asked for."""
+    g = torch.Generator().manual_seed(5)
+    own, rest = (vector(g, 64, 8).half().to(device) for _ in range(2))
+    tables, entries = fill(device, [None] * 64)
+    found = []
+    for form in FORMS:
+        weight = torch.full((8,), 0.5 if Form.ONE_MORE in form else 1.5, dtype=torch.float16, device=device)
+        want, stream = own.clone(), rest.clone()
+        add_and_norm(want, stream, weight, 0.0, form)
+        x, residual = own.clone(), rest.clone()
+        edit_and_norm(x, residual, weight, 0.0, entries, tables, PLACE, form=form)
+        assert torch.equal(residual, stream)
+        assert (x != want).sum() <= 1, "a sum in another order may turn a rounding"
+        found.append(x)
+    for a, b in ((0, 1), (0, 2), (2, 3), (0, 3)):
+        assert (found[a] != found[b]).sum() > 8
+    assert torch.equal(found[1], found[3]), "1 + 0.5 is 1.5"
 
 
 def check_bad_calls(edit: Edit, edit_and_norm: Edit, device: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from steersman.kernels import tables as layout
+from steersman.kernels.norms import DEFINED, Form, add_and_norm
 from steersman.kernels.program import Block, Program, Rows
 from steersman.kernels.reference import edit as edit_rows
 from steersman.kernels.tables import Tables
@@ -66,6 +67,24 @@ def edit(
             norms[row, parts] = torch.zeros(len(norms[row])).index_add_(0, parts, sizes[0] ** 2).sqrt()[parts]
         if squares is not None:
             squares[row] = (stream * stream).sum()
+
+
+def edit_and_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    entries: Tensor,
+    tables: Tables,
+    place: int,
+    *,
+    norms: Tensor | None = None,
+    squares: Tensor | None = None,
+    form: Form = DEFINED,
+) -> None:
+    """The same with the norm that follows."""
+    edit(x, residual, entries, tables, place, norms=norms, squares=squares)
+    add_and_norm(x, residual, weight, eps, form)
 
 
 def _directions(tables: Tables, words: Tensor, columns: bool, width: int) -> Rows:

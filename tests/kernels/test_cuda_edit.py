@@ -12,19 +12,19 @@ from torch import Tensor
 
 from steersman.kernels import cuda_edit
 from steersman.kernels.cuda_edit import MAX_THREADS, edit, edit_and_norm
+from steersman.kernels.norms import Form
 from steersman.kernels.program import Block, Program, Rows
 from steersman.kernels.tables import MAX_ROWS, Tables
 from steersman.steering import lower
 from tests.kernels.cuda_emulator import Emulator, compiler
 from tests.kernels.device_checks import (
     DTYPES,
-    HALF_STEP,
+    FORMS,
     PLACE,
-    SMALLEST,
-    SUMS,
     Batch,
     bits,
     check_bad_calls,
+    check_roundings,
     deal,
     fill,
 )
@@ -157,56 +157,19 @@ def test_rows_wider_than_a_blocks_threads(device: str) -> None:
 
 
 @pytest.mark.parametrize("d", [1, 130, 576])
-@pytest.mark.parametrize("form", ["weight", "gemma", "no weight"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_that_follows(d: int, form: str, dtype: torch.dtype, device: str) -> None:
-    """By vLLM's definition, each rounding where it has one; what is left is the sum of squares in float32."""
-    eps = 1e-3
+def test_norm_that_follows(d: int, form: Form, dtype: torch.dtype, device: str) -> None:
     kinds = ("add", "ablate", "neurons") if d == 1 else None
     programs = deal([draw(d, 20, kinds), draw(d, 21, kinds), draw(d, 22, COLUMNAR), Program((), d)], 7, 3)
-    batch = Batch.make(device, programs, d, dtype, gap=6 if d == 130 else 16)
-    assert batch.residual is not None
-    weight = (vector(torch.Generator().manual_seed(9), d) / 4 + 1).to(dtype)
-    norms, squares = batch.sizes()
-    old, residual, before = batch.x.cpu().clone(), batch.residual.cpu().clone(), batch.whole.clone()
-    edit_and_norm(
-        *(batch.x, batch.residual, None if form == "no weight" else weight.to(device), eps, batch.entries),
-        *(batch.tables, PLACE, batch.gates, norms, squares, form == "gemma"),
-    )
-    got, stream = batch.x.cpu().clone(), batch.residual.cpu()
-    batch.x.copy_(old)
-    assert torch.equal(bits(batch.whole), bits(before))
-    factor = {"weight": weight.double(), "gemma": 1 + weight.double(), "no weight": torch.ones(d).double()}[form]
-    for i, program in enumerate(programs):
-        want, sizes, _ = batch.wanted(i, program or Program((), d), old[i : i + 1], residual)
-        want = want + residual[i].double()
-        slack = SUMS * (2 * want.norm() + sizes.sum())
-        half = HALF_STEP[dtype]
-        assert ((stream[i].double() - want).abs() <= 1.01 * half * want.abs() + SMALLEST[dtype] + slack).all()
-        root = (want.square().mean() + eps).sqrt()
-        y, error = want / root * factor, 2 * slack / root * factor.abs() + 2 * SMALLEST[dtype]
-        roundings = 2 if form == "weight" else 1
-        assert ((got[i].double() - y).abs() <= 1.01 * roundings * half * y.abs() + error).all()
-        if program is not None:
-            assert ((norms[i, : len(program.blocks)].cpu() - sizes).abs() <= 1e-4 * sizes + slack).all()
+    weight = (vector(torch.Generator().manual_seed(9), d) / 4 + 1).to(dtype).to(device)
+    for given in (weight, None):
+        batch = Batch.make(device, programs, d, dtype, gap=6 if d == 130 else 16)
+        batch.check_norm(edit, edit_and_norm, given, form)
 
 
-def test_norm_rounds_the_quotient_before_the_weight(device: str) -> None:
-    """With a weight of 1.5, one rounding of the product and two roundings give different numbers for some quotients."""
-    x = torch.tensor([[1.00390625, 1.0]], device=device).sqrt()
-    x = (x / x.square().mean().sqrt()).repeat(1, 4)
-    own, weight = x.bfloat16(), torch.full((8,), 1.5, dtype=torch.bfloat16, device=device)
-    rest = (x - own.float()).bfloat16()
-    z = own.float() + rest.float()
-    quotient = z * (z.square().mean(-1, keepdim=True)).rsqrt()
-    tables, entries = fill(device, [None])
-    y, r = own.clone(), rest.clone()
-    edit_and_norm(y, r, weight, 0.0, entries, tables, PLACE)
-    assert torch.equal(y, quotient.bfloat16() * weight)
-    assert torch.equal(r, z.bfloat16())
-    y, r = own.clone(), rest.clone()
-    edit_and_norm(y, r, weight - 1, 0.0, entries, tables, PLACE, gemma=True)
-    assert torch.equal(y, (quotient * 1.5).bfloat16())
+def test_norm_has_the_roundings_that_are_asked_for(device: str) -> None:
+    check_roundings(edit_and_norm, device)
 
 
 # Bits

@@ -16,20 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from steersman.kernels.norms import Form
 from steersman.kernels.program import Block, Program, Rows
 from steersman.kernels.tables import MAX_ROWS, Tables
 from steersman.kernels.triton_edit import edit, edit_and_norm, prepare, shape
 from steersman.steering import lower
 from tests.kernels.device_checks import (
     DTYPES,
-    HALF_STEP,
+    FORMS,
     PLACE,
     POISON,
-    SMALLEST,
-    SUMS,
     Batch,
     bits,
     check_bad_calls,
+    check_roundings,
     deal,
     fill,
 )
@@ -148,37 +148,19 @@ def test_all_flags_at_once(device: str) -> None:
 
 
 @on_device
-@pytest.mark.parametrize("kind", ["plain", "no weight", "gemma"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_that_follows(dtype: torch.dtype, kind: str, device: str) -> None:
-    d, eps = 130, 1e-3
+def test_norm_that_follows(dtype: torch.dtype, form: Form, device: str) -> None:
+    d = 130
     programs = deal([draw(d, 20), draw(d, 21), draw(d, 22, COLUMNAR)], 5, 3)
-    batch = Batch.make(device, programs, d, dtype, gap=6)
-    assert batch.residual is not None
-    weight = None if kind == "no weight" else vector(torch.Generator().manual_seed(9), d).to(dtype).to(device)
-    norms, squares = batch.sizes()
-    old, residual, before = batch.x.cpu().clone(), batch.residual.cpu().clone(), batch.whole.clone()
-    where = (batch.entries, batch.tables, PLACE, batch.gates, norms, squares)
-    edit_and_norm(batch.x, batch.residual, weight, eps, *where, gemma=kind == "gemma")
-    got, stream = batch.x.cpu().double(), batch.residual.cpu().double()
-    batch.x.copy_(old)
-    assert torch.equal(bits(batch.whole), bits(before)), "nothing but the rows is written"
-    factor = torch.ones(d).double() if weight is None else weight.cpu().double() + (kind == "gemma")
-    rounded = 2 if kind == "plain" else 1  # times
-    for i, program in enumerate(programs):
-        want, sizes, _ = batch.wanted(i, program or Program((), d), old[i : i + 1], residual)
-        want = want + residual[i].double()
-        length = want.norm() + residual[i].double().norm() + sizes.sum()
-        one = 2.02 * steps(dtype) * HALF_STEP[dtype]
-        assert ((stream[i] - want).abs() <= one * want.abs() + SMALLEST[dtype] + SUMS * length).all()
-        root = (want.square().mean() + eps).sqrt()
-        y = want / root * factor
-        slack = (SMALLEST[dtype] + 2 * SUMS * length / root) * factor.abs() + SMALLEST[dtype]
-        assert ((got[i] - y).abs() <= rounded * 1.01 * one * y.abs() + slack).all()
-        blocks = len(sizes)
-        assert ((norms[i, :blocks].cpu() - sizes).abs() <= 1e-4 * sizes + SUMS * length).all()
-        assert (norms[i, blocks:] == POISON).all()
-        assert (squares[i].item() == POISON) == (program is None)
+    weight = vector(torch.Generator().manual_seed(9), d).to(dtype).to(device)
+    for given in (weight, None):
+        Batch.make(device, programs, d, dtype, gap=6).check_norm(edit, edit_and_norm, given, form, steps(dtype))
+
+
+@on_device
+def test_norm_has_the_roundings_that_are_asked_for(device: str) -> None:
+    check_roundings(edit_and_norm, device)
 
 
 # Bits
@@ -345,7 +327,7 @@ def test_compiles_for_gpus(norm: bool, width: int, arch: int) -> None:
     from steersman.kernels import triton_device
 
     lanes, warps = shape(width)
-    constants = {"WIDTH": width, "BLOCK": lanes, "NORM": norm, "GEMMA": False}
+    constants = {"WIDTH": width, "BLOCK": lanes, "NORM": norm, "FORM": 4}
     types = dict.fromkeys(("x", "residual", "weight"), "*bf16")
     types |= dict.fromkeys(("gates", "norms", "squares", "vectors"), "*fp32")
     types |= (

@@ -124,7 +124,7 @@ def test_what_a_graph_replays_is_laid_out_before_and_not_touched_by_the_host() -
 def test_while_a_graph_is_captured_every_place_of_its_sites_is_launched() -> None:
     runtime = on_device()
     launched: list[Place] = []
-    device_of(runtime).edit = lambda place, x, residual: launched.append(place)  # type: ignore[method-assign]
+    device_of(runtime).edit = lambda place, x, residual, norm: launched.append(place)  # type: ignore[method-assign]
     x = torch.zeros(4, 8)
     for sites, want in ((set(), []), ({POST}, PLACES[1::2]), ({PRE, POST}, PLACES)):
         launched.clear()

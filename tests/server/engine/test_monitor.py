@@ -295,6 +295,29 @@ def test_padding_belongs_to_nobody() -> None:
     assert [(layer, sum(counts)) for layer, counts, _ in told["layer_cosine"]] == [(1, 2)]
 
 
+def test_a_stream_that_a_layer_hands_on_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And read anew where the next layer is given another one, or edits it first."""
+    reads: list[int] = []
+    plain = module.stream_of
+    monkeypatch.setattr(module, "stream_of", lambda *a: (reads.append(1), plain(*a))[1])
+    told = []
+    for edited, copied in ((True, False), (False, False), (False, True)):
+        monitor = Monitor(2, 1)
+        monitor.enter("r", 0)
+        monitor.begin([Scheduled("r", 0, 0, 3)], {})
+        x, residual = noise(3, 8, seed=1), noise(3, 8, seed=2)
+        monitor.see(Place(0, PRE), x, residual)
+        x, residual = noise(3, 8, seed=3), noise(3, 8, seed=4)
+        monitor.see(Place(0, POST), x, residual)
+        monitor.see(Place(1, PRE), x.clone() if copied else x, residual, edited)
+        monitor.see(Place(1, POST), noise(3, 8, seed=5), residual, False)
+        monitor.end([])
+        told.append({**monitor.drain("http", {}), "worker": ""})
+    assert told[0] == told[1] == told[2]
+    assert len(told[0]["layer_cosine"]) == 2
+    assert len(reads) == 4 + 3 + 4
+
+
 def test_outliers_are_told_by_what_came_before() -> None:
     monitor, generator = Monitor(2, 1), np.random.default_rng(0)
     monitor.enter("r", 0)
