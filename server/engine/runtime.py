@@ -413,8 +413,8 @@ class Runtime:
                 if relative is not None:
                     self._measured.append((place, work, relative, gates))
             except Exception as error:
-                edited = {id(g.resident) for g in work.groups}
-                states = [o.state for o in self._owners if id(o.state.resident) in edited]
+                residents = {id(g.resident) for g in work.groups}
+                states = [o.state for o in self._owners if id(o.state.resident) in residents]
                 fail(states, f"editing {place.name} failed: {error}")
         self._carried.add(raw)
         for owner, i, values in decided:
