@@ -429,8 +429,8 @@ class Runtime:
         if self.keeps and place in self._streams.places:
             self._streams.read(place, x, residual)
         if self.monitor is not None and self.monitor.sampling:
-            edited = work is not None or (self.device is not None and place in self.device.places)
-            self.monitor.see(place, x, residual, edited)
+            changed = work is not None or (self.device is not None and place in self.device.places)
+            self.monitor.see(place, x, residual, changed)
 
     def _read_sources(self, place: Place, work: Work, x: Tensor, residual: Tensor | None) -> list[tuple[Carry, Tensor]]:
         """What injections at later layers take of this place, before its edits."""
