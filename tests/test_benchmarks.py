@@ -33,7 +33,12 @@ def test_the_page_of_calibration_says_what_its_result_file_says() -> None:
     [
         ({"monitor": False, "shape": None}, "Against stock vLLM", "benchmarks.serving --name serving_x"),
         ({"monitor": True}, "Statistics, against a server without", "benchmarks.serving --monitor --name serving_x"),
-        ({"shape": "llama-3.1-8b"}, "Against stock vLLM", "benchmarks.serving --shape llama-3.1-8b --name serving_x"),
+        (
+            {"shape": "qwen", "fused_norm": "auto"},
+            "Against stock vLLM",
+            "benchmarks.serving --shape qwen --name serving_x",
+        ),
+        ({"fused_norm": "on"}, "Against stock vLLM", "benchmarks.serving --fused-norm on --name serving_x"),
     ],
 )
 def test_a_section_says_what_was_compared_and_how_to_do_it_again(
