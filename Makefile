@@ -20,7 +20,7 @@ ALONE := openpi-client==0.1.2
 INSTALLED = $(VENV)/.installed-$(ENGINE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install mend lock demo serve test test-gpu gpu lint cuda-check format bench clean
+.PHONY: help install mend lock demo serve test test-gpu gpu gpu-bench lint cuda-check format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,12 +70,21 @@ test-gpu: install ## the tests that need a CUDA GPU
 
 SHAPES := llama-3.1-8b qwen2.5-1.5b gemma-2-27b
 
-gpu: test-gpu ## all that needs a CUDA GPU: its tests, the kernels, three models against stock vLLM, the page of results
-	$(PY) -m benchmarks.kernels
-	set -e; for shape in $(SHAPES); do for n in 1 8 64 256; do $(PY) -m benchmarks.serving --shape $$shape \
+GOALS := idle,all_layers,three_vectors,plans_256,ablate_clamp_three_sites,neurons_32,features_32
+GPU_BENCH = $(PY) -m benchmarks.serving --resume --cases monitor,$(GOALS)
+
+gpu: test-gpu gpu-bench ## all that needs a CUDA GPU, its tests first; make -k gpu goes on where some fail; again: what is missing
+
+gpu-bench: install ## the kernels, three models against stock vLLM, the page of results; each file is written as it is measured
+	-$(PY) -m benchmarks.kernels --resume
+	-for shape in $(SHAPES); do for n in 64 1 8 256; do $(GPU_BENCH) --shape $$shape \
 		--concurrency $$n --prompts $$((4 * n)) --output-len 128 --name serving_$${shape}_$$n; done; done
-	$(PY) -m benchmarks.serving --shape llama-3.1-8b --concurrency 1 --prompts 8 --input-len 8000 --output-len 2 \
-		--name serving_llama-3.1-8b_prompt
+	-for shape in $(SHAPES); do $(GPU_BENCH) --shape $$shape --concurrency 1 --prompts 8 --input-len 8000 --output-len 2 \
+		--name serving_$${shape}_prompt; done
+	-for shape in $(SHAPES); do $(GPU_BENCH) --shape $$shape --monitor --concurrency 64 --prompts 256 --output-len 128 \
+		--name serving_$${shape}_monitor; done
+	-for n in 1 64; do $(GPU_BENCH) --shape llama-3.1-8b --fused-norm on --concurrency $$n --prompts $$((4 * n)) \
+		--output-len 128 --name serving_llama-3.1-8b_$${n}_fused; done
 	$(PY) -m benchmarks.report
 
 lint: install ## ruff and mypy
@@ -92,8 +101,8 @@ format: install ## let ruff rewrite what it can
 
 bench: install ## measure on this machine: the CPU kernel, the server against stock vLLM and beside other libraries
 	$(PY) -m benchmarks.cpu_kernel
-	$(PY) -m benchmarks.serving $(ARGS)
-	$(PY) -m benchmarks.serving --monitor --name serving_monitor
+	$(PY) -m benchmarks.serving --prompts 16 --cases idle,one_layer,all_layers,plans_16 --minutes 15 $(ARGS)
+	$(PY) -m benchmarks.serving --monitor --prompts 16 --minutes 8 --name serving_monitor
 	$(PY) -m benchmarks.peers
 	$(PY) -m benchmarks.extraction
 	$(PY) -m benchmarks.report

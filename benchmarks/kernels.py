@@ -6,7 +6,8 @@ A graph holds one launch for each of ``PLACES`` layers, each on activations of i
 counts is the time of a replay divided by the launches, the median over replays, kernels in turns. ``idle`` is a batch
 in which no row is edited. Where enough rows make memory the limit, the bytes that an edit must move (x read and
 written, the residual read where the program reads the stream) over the time are set against a plain copy of as much
-memory in the same run.
+memory in the same run. ``add, norm`` and ``add+norm`` are an edit followed by the norm that vLLM's own kernel makes (in
+eager mode), and both in one launch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.provenance import save
+from benchmarks.provenance import made, save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -88,6 +89,28 @@ def microseconds(graphs: dict[str, torch.cuda.CUDAGraph]) -> dict[str, list[floa
     return taken
 
 
+def with_norms(
+    edits: dict[str, Any], xs: Tensor, residual: Tensor, entries: Tensor, tables: Tables
+) -> dict[str, torch.cuda.CUDAGraph]:
+    """Edits that a norm follows: apart, and in one launch."""
+    from vllm import _custom_ops
+
+    weight = torch.ones_like(residual[0])
+
+    def apart(edit: Any) -> None:
+        for place in range(PLACES):
+            x = xs[place % len(xs)]
+            edit(x, residual, entries, tables, place)
+            _custom_ops.fused_add_rms_norm(x, residual, weight, 1e-5)
+
+    def fused(edit_and_norm: Any) -> None:
+        for place in range(PLACES):
+            edit_and_norm(xs[place % len(xs)], residual, weight, 1e-5, entries, tables, place)
+
+    out = {f"{name} , norm": graph_of(partial(apart, edit)) for name, edit in edits.items()}
+    return out | {f"{name} +norm": graph_of(partial(fused, choice.and_norm(edit))) for name, edit in edits.items()}
+
+
 def measure(kernels: Sequence[str], width: int, rows: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     device = torch.device("cuda")
     edits = {name: choice.choose(device, name) for name in kernels}
@@ -111,6 +134,8 @@ def measure(kernels: Sequence[str], width: int, rows: int, dtype: torch.dtype) -
                 edit(xs[place % copies], residual, entries, tables, place)
 
         graphs = {name: graph_of(partial(all_places, edit)) for name, edit in edits.items()}
+        if case == "add":
+            graphs |= with_norms(edits, xs, residual, entries, tables)
         target = torch.empty_like(xs)
 
         def copy(target: Tensor = target) -> None:
@@ -120,14 +145,15 @@ def measure(kernels: Sequence[str], width: int, rows: int, dtype: torch.dtype) -
         taken = microseconds({**graphs, "copy": graph_of(copy)})
         copied = 2 * rows * width * dtype.itemsize / statistics.median(taken.pop("copy")) * PLACES
         reads = bool(programs) and programs[0].constant is None
-        for name, times in taken.items():
+        for named, times in taken.items():
+            name, _, what = named.partition(" ")
             per_place = statistics.median(times) / PLACES
             moved = (3 if reads else 2) * rows * width * dtype.itemsize / per_place
             row = {
-                "kernel": name, "case": case, "width": width, "rows": rows,
+                "kernel": name, "case": case + what, "width": width, "rows": rows,
                 "microseconds": per_place, "slowest": max(times) / PLACES,
             }  # fmt: skip
-            if programs and rows >= LIMITED_BY_MEMORY:
+            if programs and not what and rows >= LIMITED_BY_MEMORY:
                 row["bandwidth_of_copy"] = moved / copied
             out.append(row)
     return out
@@ -150,7 +176,10 @@ def main() -> None:
     parser.add_argument("--rows", type=numbers, default=["1", "8", "64", "256", "8192"])
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--name", default="kernels", help="of the result file")
+    parser.add_argument("--resume", action="store_true", help="do nothing where this commit's file is complete")
     args = parser.parse_args()
+    if args.resume and made(args.name):
+        return
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.kernels needs a CUDA GPU; benchmarks.cpu_kernel measures the CPU's")
     console = Console()
@@ -158,7 +187,8 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for width, rows in track(shapes, "measuring", console=console):
         results += measure(args.kernels, width, rows, getattr(torch, args.dtype))
-        path = save(args.name, {"dtype": args.dtype, "device": torch.cuda.get_device_name(), "results": results})
+        about = {"dtype": args.dtype, "device": torch.cuda.get_device_name(), "complete": (width, rows) == shapes[-1]}
+        path = save(args.name, {**about, "results": results})
     console.print(table(results))
     console.print(f"written to {path}")
 

@@ -36,6 +36,15 @@ def save(name: str, results: dict[str, Any]) -> Path:
     return path
 
 
+def made(name: str) -> bool:
+    """Whether the result file holds all that it should, and was made at this commit."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text())
+    return bool(found.get("complete")) and bool(found["provenance"]["commit"] == _git("rev-parse", "HEAD"))
+
+
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)

@@ -17,7 +17,7 @@ HEAD = """# Benchmarks
 
 Written by `python -m benchmarks.report` from the files in `benchmarks/results/`; each says with which command, machine,
 versions and commit it was made. A ratio is that of a run and the run of the stock server next to it; a cell gives the
-median over pairs and, in brackets, the lowest and the highest.
+median over pairs and, in brackets, its 95 % interval (where a file has none, the lowest and the highest pair).
 """
 
 
@@ -41,20 +41,23 @@ def page(folder: Path = RESULTS) -> str:
 def _serving(name: str, found: Mapping[str, Any]) -> str:
     s = found["settings"]
     options = "".join(
-        f" --{o}" if value is True else f" --{o} {value}"
-        for o in ("shape", "compiled", "monitor")
-        if (value := s.get(o))
+        f" --{o}" if value is True else f" --{o.replace('_', '-')} {value}"
+        for o in ("shape", "compiled", "monitor", "fused_norm")
+        if (value := s.get(o)) and value != "auto"
     )
     about = (
         f"`python -m benchmarks.serving{options} --name {name}`: {found['model']} on {_machine(found)}, "
         f"{s['pairs']} pairs, {s['prompts']} requests of {s['input_len']} + {s['output_len']} tokens, "
         f"{s['concurrency']} at once."
     )
-    figures = ("output_throughput", "median_itl_ms", "p99_itl_ms", "median_ttft_ms")
+    heads = {
+        "output_throughput": "output tokens/s", "engine_cpu_s": "engine's processor time",
+        "median_itl_ms": "inter-token latency, median", "p99_itl_ms": "p99", "median_ttft_ms": "time to first token",
+    }  # fmt: skip
+    figures = [f for f in heads if all(f in r for r in found["cases"].values())]
     rows = [[case, *(_spread(r[f]) for f in figures)] for case, r in found["cases"].items()]
-    heads = ("case", "output tokens/s", "inter-token latency, median", "p99", "time to first token")
     beside = "Statistics, against a server without" if s.get("monitor") else "Against stock vLLM"
-    return f"## {beside}: {found['model']}\n\n{about}\n\n{table(heads, rows)}"
+    return f"## {beside}: {found['model']}\n\n{about}\n\n{table(['case', *(heads[f] for f in figures)], rows)}"
 
 
 def _peers(found: Mapping[str, Any]) -> str:
@@ -115,7 +118,7 @@ def _machine(found: Mapping[str, Any]) -> str:
 
 
 def _spread(figure: Mapping[str, Any]) -> str:
-    low, high = figure["spread"]
+    low, high = figure.get("interval", figure["spread"])
     return f"{figure['median']:.3f} ({low:.3f} to {high:.3f})"
 
 

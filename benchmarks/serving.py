@@ -1,10 +1,15 @@
 """What steering costs, end to end: ``vllm bench serve`` against stock vLLM and against Steersman, in pairs.
 
 Both servers run at once, and every run of a case is next to a run of the stock server, in alternating
-order; what counts is the ratio within each pair. The client is vLLM's own (``vllm.benchmarks.serve``); only
+order; what counts is the ratio within each pair. A result is the median of the pairs' ratios, with an interval that
+holds it in 95 of 100 resamplings of the pairs: on a noisy machine many short pairs (``--minutes``) say more than a few
+long ones. Beside the clock's, there is a ratio of processor time: of what the busiest process of each server, its
+engine, has used for the same tokens, which others on the machine disturb far less. The file is written after every
+round. The client is vLLM's own (``vllm.benchmarks.serve``); only
 the ``steering`` field is added to its requests.
 
     python -m benchmarks.serving [--model DIR] [--pairs 5] [--cases idle,all_layers] [--compiled]
+    python -m benchmarks.serving --cases idle,all_layers --prompts 16 --minutes 12
     python -m benchmarks.serving --shape llama-3.1-8b --concurrency 64 --name serving_llama_8b    # on a GPU
 
     python -m benchmarks.serving --monitor --name serving_monitor
@@ -16,7 +21,8 @@ On a CPU each engine computes on the first core, which nothing else uses; the re
 the other cores.
 
 A shape is a model with random weights (:mod:`benchmarks.shapes`). On a GPU both servers are in vLLM's default mode:
-compiled, with CUDA graphs; on a CPU both run eagerly unless ``--compiled`` is said.
+compiled, with CUDA graphs; on a CPU both run eagerly unless ``--compiled`` is said. ``--fused-norm`` is Steersman's
+``--steering-fused-norm``.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ import itertools
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +44,8 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
-from benchmarks.provenance import save
+from benchmarks.processes import cpu_seconds
+from benchmarks.provenance import made, save
 from benchmarks.shapes import SHAPES, checkpoint
 from rich.console import Console
 from rich.progress import track
@@ -50,6 +58,10 @@ CORES = sorted(os.sched_getaffinity(0))
 FIRST = CORES[0]
 PLANS = 16
 MANY = 256
+FEATURES = 64
+DICTIONARY = "bench-dictionary"
+FIGURES = ("output_throughput", "median_itl_ms", "p99_itl_ms", "median_ttft_ms", "engine_cpu_s", "cpu_s")
+RESAMPLED = 10_000
 MONITORED = ["--steering-monitor-probes", ",".join(f"bench-{i}" for i in range(8))]
 UNMONITORED = ["--steering-monitor", "off"]
 
@@ -70,7 +82,8 @@ def cases(model: Mapping[str, Any]) -> dict[str, list[Any]]:
         for site in ("resid_pre", "resid_mid", "resid_post")
     ]
     neurons = {"inline": [[layer, 7 * i] for layer in layers for i in range(32)]}
-    plans = {
+    feature = {"op": "feature", "dictionary": DICTIONARY, "index": list(range(32)), "mode": "set", "value": 1.0}
+    plans: dict[str, list[Any]] = {
         "idle": [None],
         "one_layer": [[add(0, layers[len(layers) // 2])]],
         "all_layers": [[add(0)]],
@@ -80,24 +93,26 @@ def cases(model: Mapping[str, Any]) -> dict[str, list[Any]]:
         "ablate_all_layers": [[edit("ablate", 0)]],
         "ablate_clamp_three_sites": [streams],
         "neurons_32": [[{"op": "neurons", "neurons": neurons, "mode": "set", "value": 1.0}]],
+        "features_32": [[feature]],
     }
     return {
         name: [None if edits is None else {"interventions": edits} for edits in turn] for name, turn in plans.items()
     }
 
 
-CPU_GOALS = {"monitor": 0.99, "idle": 0.99, "all_layers": 0.97}
+CPU_GOALS = {"monitor": 0.99, "idle": 0.995, "all_layers": 0.98}
 GPU_GOALS = {
     "monitor": 0.99,
     "idle": 0.995, "all_layers": 0.99, "three_vectors": 0.985, f"plans_{MANY}": 0.98, "ablate_clamp_three_sites": 0.975,
-    "neurons_32": 0.98,
+    "neurons_32": 0.98, "features_32": 0.98,
 }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=5, help="of runs, for each case")
+    parser.add_argument("--minutes", type=float, default=0, help="more pairs than that, until so much time has passed")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--input-len", type=int, default=64)
@@ -107,25 +122,33 @@ def main() -> None:
     parser.add_argument("--monitor", action="store_true", help="what monitoring costs, and nothing else")
     parser.add_argument("--shape", choices=SHAPES, help="a model with random weights instead of --model")
     parser.add_argument("--memory", type=float, default=0.42, help="of the GPU's, for each server")
+    parser.add_argument("--fused-norm", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--name", default="serving", help="of the result file")
+    parser.add_argument("--resume", action="store_true", help="do nothing where this commit's file is complete")
     args = parser.parse_args()
     console = Console()
+    if args.resume and made(args.name):
+        console.print(f"{args.name} has been measured")
+        return
     with tempfile.TemporaryDirectory() as scratch:
         tmp = Path(scratch)
         args.model = args.model or (checkpoint(args.shape, tmp) if args.shape else _smollm2())
         beside = tmp / "beside"
         baseline = serve_ours(args, beside, UNMONITORED, _variables()) if args.monitor else _stock(args, beside)
-        with baseline as stock, serve_ours(args, tmp / "ours", MONITORED if args.monitor else (), _variables()) as ours:
+        more = [*(MONITORED if args.monitor else ()), "--steering-fused-norm", args.fused_norm]
+        with baseline as stock, serve_ours(args, tmp / "ours", more, _variables()) as ours:
             every = cases(upload(ours))
             if args.monitor:
                 every = {"monitor": [None]}
             chosen = {k: v for k, v in every.items() if not args.cases or k in args.cases}
-            runs = _run(args, stock, ours, chosen, console)
-    results = {case: _summary(pairs) for case, pairs in runs.items()}
-    settings = {k: v for k, v in vars(args).items() if k not in ("model", "cases", "name")}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    path = save(args.name, {"model": args.model.name, "device": device, "settings": settings, "cases": results})
-    console.print(table(results, CPU_GOALS if device == "cpu" else GPU_GOALS))
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+            settings = {k: v for k, v in vars(args).items() if k not in ("model", "cases", "name", "resume")}
+            found: dict[str, Any] = {"model": args.model.name, "device": device, "settings": settings}
+            for runs, complete in _run(args, stock, ours, chosen, console):
+                found["settings"]["pairs"] = min(map(len, runs.values()))
+                found |= {"complete": complete, "cases": {case: summary(pairs) for case, pairs in runs.items()}}
+                path = save(args.name, found)
+    console.print(table(found["cases"], CPU_GOALS if device == "cpu" else GPU_GOALS))
     console.print(f"written to {path}")
 
 
@@ -151,35 +174,41 @@ def _variables() -> dict[str, str]:
 
 
 def table(results: Mapping[str, Any], goals: Mapping[str, float]) -> Table:
-    out = Table("case", "output tok/s, ratio to stock", "spread of pairs", "median ITL ratio", "TTFT ratio", "goal")
+    """Ratios to stock: medians, and their intervals in brackets."""
+    out = Table("case", "pairs", "output tokens/s", "goal", "engine's processor time", "median ITL", "TTFT")
     for case, r in results.items():
         goal = goals.get(case)
-        low, high = r["output_throughput"]["spread"]
-        out.add_row(
-            case,
-            f"{r['output_throughput']['median']:.3f}",
-            f"{low:.3f} - {high:.3f}",
-            f"{r['median_itl_ms']['median']:.3f}",
-            f"{r['median_ttft_ms']['median']:.3f}",
-            "" if goal is None else f">= {goal}",
+        tokens, cpu, itl, ttft = (
+            _told(r[figure]) for figure in ("output_throughput", "engine_cpu_s", "median_itl_ms", "median_ttft_ms")
         )
+        out.add_row(case, str(r["pairs"]), tokens, "" if goal is None else f">= {goal}", cpu, itl, ttft)
     return out
+
+
+def _told(figure: Mapping[str, Any]) -> str:
+    low, high = figure["interval"]
+    return f"{figure['median']:.3f} ({low:.3f} - {high:.3f})"
 
 
 def _run(
     args: argparse.Namespace, stock: Server, ours: Server, chosen: Mapping[str, list[Any]], console: Console
-) -> dict[str, list[tuple[Any, Any]]]:
-    """(stock, case) results of each pair."""
+) -> Iterator[tuple[dict[str, list[tuple[Any, Any]]], bool]]:
+    """(stock, case) results of the pairs so far, after each round; whether it was the last one."""
     for server, steering in ((stock, [None]), (ours, [None]), *((ours, s) for s in chosen.values())):
         _bench(args, server, steering, prompts=args.concurrency)  # warm-up, not counted
     runs: dict[str, list[tuple[Any, Any]]] = {case: [] for case in chosen}
-    schedule = list(itertools.product(range(args.pairs), enumerate(chosen.items())))
-    for pair, (index, (case, steering)) in track(schedule, "measuring", console=console):
-        order = [(stock, [None]), (ours, steering)]
-        turn = 1 if (pair + index) % 2 == 0 else -1  # who comes first, in turn within each case
-        measured = [_bench(args, *what) for what in order[::turn]]
-        runs[case].append(tuple(measured[::turn]))  # type: ignore[arg-type]
-    return runs
+    start = time.monotonic()
+    for pair in itertools.count():
+        for index, (case, steering) in track(list(enumerate(chosen.items())), f"round {pair + 1}", console=console):
+            order = [(stock, [None]), (ours, steering)]
+            turn = 1 if (pair + index) % 2 == 0 else -1  # who comes first, in turn within each case
+            measured = [_bench(args, *what) for what in order[::turn]]
+            runs[case].append(tuple(measured[::turn]))  # type: ignore[arg-type]
+        passed = time.monotonic() - start
+        last = pair + 1 >= args.pairs and passed * (pair + 2) / (pair + 1) >= 60 * args.minutes
+        yield runs, last
+        if last:
+            return
 
 
 def _bench(args: argparse.Namespace, server: Server, steering: list[Any], prompts: int | None = None) -> dict[str, Any]:
@@ -195,7 +224,7 @@ def _bench(args: argparse.Namespace, server: Server, steering: list[Any], prompt
             "--dataset-name", "random", "--random-input-len", str(args.input_len),
             "--random-output-len", str(args.output_len), "--num-prompts", str(prompts or args.prompts),
             "--max-concurrency", str(args.concurrency), "--ignore-eos", "--disable-tqdm", "--seed", "0",
-            "--temperature", "0",
+            "--temperature", "0", "--ready-check-timeout-sec", "0",
         ]
     )  # fmt: skip
     turn = itertools.cycle(steering)
@@ -209,6 +238,7 @@ def _bench(args: argparse.Namespace, server: Server, steering: list[Any], prompt
         return samples
 
     bench.get_samples = with_steering
+    before = cpu_seconds(server.process.pid)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             result: dict[str, Any] = asyncio.run(bench.main_async(given))
@@ -216,21 +246,31 @@ def _bench(args: argparse.Namespace, server: Server, steering: list[Any], prompt
         bench.get_samples = plain
     if result["failed"] if "failed" in result else result["completed"] != (prompts or args.prompts):
         raise SystemExit(f"requests failed: {result.get('errors')}")
-    return result
+    used = {pid: seconds - before.get(pid, 0.0) for pid, seconds in cpu_seconds(server.process.pid).items()}
+    return {**result, "engine_cpu_s": max(used.values()), "cpu_s": sum(used.values())}
 
 
-def _summary(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+def summary(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, Any]:
+    """Of the (stock, steersman) figures of each pair."""
     out: dict[str, Any] = {"pairs": len(pairs)}
-    for figure in ("output_throughput", "median_itl_ms", "p99_itl_ms", "median_ttft_ms"):
+    for figure in FIGURES:
         ratios = [ours[figure] / stock[figure] for stock, ours in pairs]
         out[figure] = {
             "median": statistics.median(ratios),
+            "interval": interval(ratios),
             "spread": [min(ratios), max(ratios)],
             "ratios": ratios,
             "stock": [stock[figure] for stock, _ in pairs],
             "steersman": [ours[figure] for _, ours in pairs],
         }
     return out
+
+
+def interval(ratios: Sequence[float]) -> list[float]:
+    """Where the median lies in 95 of 100 resamplings (percentile bootstrap)."""
+    drawn = np.random.default_rng(0).choice(np.asarray(ratios), (RESAMPLED, len(ratios)))
+    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+    return [float(low), float(high)]
 
 
 @contextlib.contextmanager
@@ -269,7 +309,27 @@ def upload(server: Server) -> dict[str, Any]:
             },
         }  # fmt: skip
         httpx.post(f"{server.url}/v1/steering/assets", json=body).raise_for_status()
+    httpx.post(f"{server.url}/v1/steering/assets", json=_dictionary(model, rng)).raise_for_status()
     return model
+
+
+def _dictionary(model: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """A JumpReLU autoencoder of the middle layer's stream, random, with as many features as are asked for and more."""
+    n, d = model["n_layers"], model["d_model"]
+    tensors = {
+        "encoder": rng.standard_normal((FEATURES, d)) / d**0.5, "decoder": rng.standard_normal((FEATURES, d)) / d**0.5,
+        "b_enc": np.zeros(FEATURES), "b_dec": np.zeros(d), "threshold": np.full(FEATURES, 0.5),
+    }  # fmt: skip
+    return {
+        "name": DICTIONARY, "kind": "dictionary", "architecture": "jumprelu", "layer": n // 2,
+        "model": {"id": model["model"], "n_layers": n, "d_model": d},
+        "tensors": {
+            name: {
+                "dtype": "float32", "shape": list(t.shape), "data": base64.b64encode(t.astype("<f4").tobytes()).decode()
+            }
+            for name, t in tensors.items()
+        },
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

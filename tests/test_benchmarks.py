@@ -1,13 +1,19 @@
 """The page of benchmarks says what the result files say."""
 
 import json
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from benchmarks import calibration, cast_report
+from benchmarks import calibration, cast_report, provenance
+from benchmarks.processes import cpu_seconds
 from benchmarks.provenance import RESULTS
 from benchmarks.report import PAGE, page
+from benchmarks.serving import FIGURES, summary
 
 
 def test_the_page_is_written_from_the_result_files() -> None:
@@ -37,7 +43,12 @@ def test_the_page_of_calibration_says_what_its_result_file_says() -> None:
     [
         ({"monitor": False, "shape": None}, "Against stock vLLM", "benchmarks.serving --name serving_x"),
         ({"monitor": True}, "Statistics, against a server without", "benchmarks.serving --monitor --name serving_x"),
-        ({"shape": "llama-3.1-8b"}, "Against stock vLLM", "benchmarks.serving --shape llama-3.1-8b --name serving_x"),
+        (
+            {"shape": "qwen", "fused_norm": "auto"},
+            "Against stock vLLM",
+            "benchmarks.serving --shape qwen --name serving_x",
+        ),
+        ({"fused_norm": "on"}, "Against stock vLLM", "benchmarks.serving --fused-norm on --name serving_x"),
     ],
 )
 def test_a_section_says_what_was_compared_and_how_to_do_it_again(
@@ -49,3 +60,57 @@ def test_a_section_says_what_was_compared_and_how_to_do_it_again(
     text = page(tmp_path)
     assert f"## {heading}: {found['model']}" in text
     assert f"`python -m {command}`" in text
+
+
+def test_a_result_is_the_median_of_the_pairs_with_an_interval_that_many_pairs_make_narrow() -> None:
+    rng = np.random.default_rng(1)
+
+    def measured(pairs: int) -> dict[str, Any]:
+        noise = np.exp(rng.normal(0, 0.05, (pairs, 2)))
+        figures = [tuple(dict.fromkeys(FIGURES, n) for n in (a, b * 0.97)) for a, b in noise.tolist()]
+        found: dict[str, Any] = summary(figures)["output_throughput"]
+        return found
+
+    few, many = measured(5), measured(200)
+    for found in (few, many):
+        low, high = found["interval"]
+        assert found["spread"][0] <= low <= found["median"] <= high <= found["spread"][1]
+    assert many["interval"][0] < 0.97 < many["interval"][1] < 1
+    width = [found["interval"][1] - found["interval"][0] for found in (few, many)]
+    assert width[1] < width[0] / 2
+
+
+def test_processor_time_is_that_of_every_process_of_the_group() -> None:
+    """A process and its child have each used 0.3 seconds when both have said so."""
+    script = """
+import subprocess, sys, time
+child = None if sys.argv[1:] else subprocess.Popen([sys.executable, sys.argv[0], "child"], stdin=0)
+while time.process_time() < 0.3: pass
+print("done", flush=True)
+sys.stdin.read()
+"""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(script)
+        file.flush()
+        command = [sys.executable, file.name]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0) as parent:
+            assert parent.stdout is not None
+            assert [parent.stdout.readline() for _ in range(2)] == [b"done\n"] * 2
+            used = cpu_seconds(parent.pid)
+            parent.communicate()
+    assert len(used) == 2
+    assert parent.pid in used
+    assert all(0.3 <= seconds < 3 for seconds in used.values())
+
+
+def test_a_file_is_complete_at_its_own_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    assert not provenance.made("x")
+    provenance.save("x", {"complete": False})
+    assert not provenance.made("x")
+    provenance.save("x", {"complete": True})
+    assert provenance.made("x")
+    found = json.loads((tmp_path / "x.json").read_text())
+    found["provenance"]["commit"] = "another"
+    (tmp_path / "x.json").write_text(json.dumps(found))
+    assert not provenance.made("x")

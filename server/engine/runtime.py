@@ -304,7 +304,8 @@ class Runtime:
         except Exception as error:
             if self._capturing:
                 raise
-            fail([o.state for o in self._owners], f"editing {place.name} failed: {error}")
+            concerned = self._edited_by(self._layout[place]) if self._plain else [o.state for o in self._owners]
+            fail(concerned, f"editing {place.name} failed: {error}")
 
     def normalise(self, norm: FusedNorm, x: Tensor, residual: Tensor) -> bool:
         """Edits, adds and normalises in place, where this pass edits with ``norm``; whether it does."""
@@ -394,6 +395,11 @@ class Runtime:
         residents = {id(run.resident) for run in runs}
         fail([o.state for o in self._owners if id(o.state.resident) in residents], message)
 
+    def _edited_by(self, work: Work) -> list[RequestState]:
+        """The requests that a place's work edits rows of."""
+        edited = {id(g.resident) for g in work.groups}
+        return [o.state for o in self._owners if id(o.state.resident) in edited]
+
     def _using(self, resident: Resident) -> list[RequestState]:
         return [o.state for o in self._owners if o.state.resident is resident]
 
@@ -413,9 +419,7 @@ class Runtime:
                 if relative is not None:
                     self._measured.append((place, work, relative, gates))
             except Exception as error:
-                residents = {id(g.resident) for g in work.groups}
-                states = [o.state for o in self._owners if id(o.state.resident) in residents]
-                fail(states, f"editing {place.name} failed: {error}")
+                fail(self._edited_by(work), f"editing {place.name} failed: {error}")
         self._carried.add(raw)
         for owner, i, values in decided:
             owner.gates[i] = values

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from steersman.kernels import choice
+from steersman.kernels import choice, cuda_edit, triton_edit
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -62,3 +62,8 @@ def test_a_kernel_that_cannot_hold_the_widest_rows_is_passed_over() -> None:
     assert [choice.choose(CUDA, "auto", width) for width in (100, 101)] == ["cuda", "triton"]
     with pytest.raises(RuntimeError, match="too wide"):
         choice.choose(CUDA, "cuda", 101)
+
+
+def test_a_kernel_has_an_edit_and_norm_of_its_own() -> None:
+    assert choice.and_norm(cuda_edit.edit) is cuda_edit.edit_and_norm
+    assert choice.and_norm(triton_edit.edit) is triton_edit.edit_and_norm

@@ -58,6 +58,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MAX_PLANS", "0", "--steering-max-plans must be at least 1"),
         ("PLAN_MEMORY_MB", "-1", "--steering-plan-memory-mb must be at least 1"),
         ("MAX_BODY_MB", "0", "--steering-max-body-mb must be at least 1"),
+        ("FUSED_NORM", "yes", "--steering-fused-norm must be auto, on or off"),
         ("MONITOR", "yes", "--steering-monitor must be on or off"),
         ("MONITOR_SAMPLE", "0", "must be auto, 1/N or a fraction up to 1, not '0'"),
         ("MONITOR_SAMPLE", "2", "must be auto, 1/N"),

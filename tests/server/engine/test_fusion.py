@@ -4,22 +4,25 @@ The model has vLLM's own norms and the projections that sites are found by; the 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from vllm.config import CompilationMode, VllmConfig
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
 from steersman.kernels.norms import DEFINED, Form, add_and_norm
-from steersman.server.engine import hooks, norms
-from steersman.server.engine import runtime as runtime_module
+from steersman.server.engine import hooks, norms, plugin
 from steersman.server.engine.device import DevicePlans
 from steersman.server.engine.fusion import Fusion
 from steersman.server.engine.monitor import Monitor
 from steersman.server.engine.owners import Scheduled
 from steersman.server.engine.runtime import Runtime
+from steersman.server.engine.worker import _fusable
+from steersman.server.settings import Settings
 from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import Site
 from tests.kernels import table_reader
@@ -368,4 +371,46 @@ def test_contract_norms_keep_what_they_multiply_by(norm: Any) -> None:
         assert RMSNorm(D, has_weight=False).has_weight is False, LOOK
 
 
-assert runtime_module.MEASURE_EVERY > 6, "the passes above are measured at first and not at the end"
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({}, 2 * LAYERS),
+        ({"asked": "off"}, 0),
+        ({"quant_config": "fp8"}, 2 * LAYERS),
+        ({"quant_config": "fp8", "mode": CompilationMode.VLLM_COMPILE}, 0),
+        ({"fuse_allreduce_rms": True, "mode": CompilationMode.VLLM_COMPILE}, 0),
+        ({"mode": CompilationMode.VLLM_COMPILE}, 2 * LAYERS),
+        ({"speculative_config": "eagle3"}, LAYERS),
+    ],
+)
+def test_what_stands_against_fusing(changed: dict[str, Any], found: int) -> None:
+    """The norms of a compiled model that vLLM fuses with what is around them, and those between which drafters read."""
+    model = Model(Llama)
+    passes = SimpleNamespace(fuse_allreduce_rms=changed.get("fuse_allreduce_rms", False))
+    worker = SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            quant_config=changed.get("quant_config"),
+            speculative_config=changed.get("speculative_config"),
+            compilation_config=SimpleNamespace(mode=changed.get("mode", CompilationMode.NONE), pass_config=passes),
+        ),
+        model_runner=SimpleNamespace(get_model=lambda: model),
+    )
+    settings = Settings(fused_norm=changed.get("asked", "auto"))
+    assert len(_fusable(worker, model.layers, list(enumerate(model.layers)), D, settings)) == found
+
+
+def test_contract_what_is_asked_about_is_in_the_configuration() -> None:
+    config = VllmConfig()
+    assert config.quant_config is None, LOOK
+    assert config.speculative_config is None, LOOK
+    assert hasattr(config.compilation_config.pass_config, "fuse_allreduce_rms"), LOOK
+    assert isinstance(config.compilation_config.inductor_compile_config, dict), LOOK
+
+
+def test_a_graph_with_other_norms_is_another_one() -> None:
+    hashes = set()
+    for norms_of_graph in ([], [["layer 0 resid_mid"]], [["layer 0 resid_post", "layer 1 resid_pre"]]):
+        config = VllmConfig(additional_config={"steersman": {}})
+        plugin.mark_norms(config, norms_of_graph)
+        hashes.add(config.compute_hash())
+    assert len(hashes) == 3

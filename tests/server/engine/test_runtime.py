@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from steersman.kernels.cpu import Table
 from steersman.server.engine import layout
 from steersman.server.engine import runtime as module
 from steersman.server.engine.owners import Scheduled
@@ -158,6 +159,30 @@ def test_what_goes_wrong_in_an_edit_is_the_requests_error(monkeypatch: pytest.Mo
     assert torch.equal(out["plain"], alone(None, PROMPT, P))
     for name in ("one", "another"):
         assert "resid_post failed: out of luck" in report(toy.runtime, name)["error"]
+    assert report(toy.runtime, "elsewhere")["error"] is None
+
+
+def test_what_goes_wrong_in_a_pass_that_only_edits_is_the_requests_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such passes, which measure and read nothing, run their tables at once."""
+    toy = Toy(Runtime())
+    toy.add("one", plan_of(add(0)), PROMPT)
+    toy.add("elsewhere", plan_of(add(0, 0)), PROMPT)
+    real, tables = Table.apply, list[int]()
+
+    def breaks(table: Table, *rest: Any) -> None:
+        tables.append(table.rows)
+        if table.rows == 1:  # past layer 0
+            raise RuntimeError("out of luck")
+        real(table, *rest)
+
+    for start in range(P, P + 3):
+        if start == P + 2:
+            assert not any(state.unmeasured for state in toy.runtime.requests.values())
+            monkeypatch.setattr(Table, "apply", breaks)
+            monkeypatch.setattr(layout.Work, "apply", None)
+        toy.run(Piece("one", start, [5]), Piece("elsewhere", start, [6]))
+    assert tables == [2, 1, 1, 1]
+    assert report(toy.runtime, "one")["error"] == "editing layer 1 resid_post failed: out of luck"
     assert report(toy.runtime, "elsewhere")["error"] is None
 
 
