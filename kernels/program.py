@@ -116,6 +116,21 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """One number read of the stream: t = u·x, over ‖x‖ where it is a cosine; p = t + bias, 0 unless above a threshold.
+
+    Of a gate it is compared with bounds: open where above < p < below.
+    """
+
+    direction: Tensor  # u, [d] float32
+    cosine: bool = False
+    bias: float = 0.0
+    threshold: float | None = None  # None: p whatever it is
+    above: float | None = None
+    below: float | None = None
+
+
+@dataclass(frozen=True)
 class Program:
     """The ordered blocks of one plan at one site and layer, with what can be computed beforehand."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from steersman.kernels.program import Block, Program
+from steersman.kernels.program import Block, Program, Reading
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -38,6 +38,26 @@ def edit(
     alpha, c = (part.to(x) for part in _recur(x.double(), program, gates, norms, reduce or _alone))
     change = _combine(c, program.writes)
     return change + (alpha - 1)[:, None] * x if program.needs_norm else change
+
+
+def read(x: Tensor, reading: Reading) -> Tensor:
+    """[n] what ``reading`` is of each row of ``x`` [n, d]."""
+    value = (x * reading.direction.to(x)).sum(-1)
+    if reading.cosine:
+        value = value / (x * x).sum(-1).sqrt().clamp_min(1e-30)
+    value = value + reading.bias
+    return value if reading.threshold is None else torch.where(value > reading.threshold, value, 0)
+
+
+def is_open(x: Tensor, reading: Reading) -> Tensor:
+    """[n] bool, whether a gate that is this ``reading`` is open for each row of ``x`` [n, d]."""
+    value = read(x, reading)
+    ok = torch.ones_like(value, dtype=torch.bool)
+    if reading.above is not None:
+        ok &= value > reading.above
+    if reading.below is not None:
+        ok &= value < reading.below
+    return ok
 
 
 def scalar_map(t: Tensor, block: Block) -> Tensor:

@@ -15,6 +15,11 @@ write columns are sorted by them, so that one thread can add up what goes to the
 ``LOCAL`` none of them reads anything but the column that it writes. A block of more than ``MAX_ROWS`` such rows is
 laid out as several that have the same index: the square of its size is the sum of theirs.
 
+A block with the flag ``DECIDES`` edits nothing: it reads a gate (a :class:`~steersman.kernels.program.Reading`, of a
+cosine with ``COSINE``) from the stream as it comes to the place, and writes 1 or 0 where blocks at later places look
+their gate up. Such blocks are a program's first; they have one row, in which ``low`` and ``high`` are the bounds, and
+NaN stands for a threshold or a bound that there is not.
+
 What the words mean is :mod:`steersman.kernels.program`'s formula. All three arrays stay where they are, as a
 captured graph needs; writes to them are queued on the device's current stream.
 """
@@ -22,9 +27,11 @@ captured graph needs; writes to them are queued on the device's current stream.
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,9 +39,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steersman.kernels.program import Block, Program, Rows
+from steersman.kernels.program import Block, Program, Reading, Rows
 
 RELATIVE, ONLY_IF_ACTIVE, PRESERVE_NORM, READS, READ_COLUMNS, WRITE_COLUMNS, LOCAL = (1 << i for i in range(7))
+DECIDES, COSINE = 1 << 7, 1 << 8
 PROGRAM_WORDS, BLOCK_WORDS, ROW_WORDS = 1, 4, 8
 UNIT = 4  # floats
 MAX_ROWS = 1024  # of a block: a kernel keeps one coefficient of each in fast memory
@@ -100,6 +108,8 @@ class _Entry:
 
 
 _Writes = list[tuple[int, NDArray[Any]]]  # (where, what)
+Gates = Mapping[int, Reading]
+"""What is read for which of a plan's gates."""
 
 
 class Tables:
@@ -128,22 +138,26 @@ class Tables:
     def used_floats(self) -> int:
         return (self._vectors.size - self._vectors.free) * UNIT
 
-    def add(self, programs: Mapping[int, Program]) -> int:
-        """A new entry, with a program at each of these places. Raises TablesFull or ProgramTooLarge and keeps none."""
+    def add(self, programs: Mapping[int, Program], gates: Mapping[int, Gates] = MappingProxyType({})) -> int:
+        """A new entry, with a program and with gates read at each of these places.
+
+        Raises TablesFull or ProgramTooLarge and keeps none.
+        """
         places = self.starts.shape[1]
-        if wrong := [place for place in programs if not 0 <= place < places]:
+        if wrong := [place for place in (*programs, *gates) if not 0 <= place < places]:
             raise IndexError(f"there is no place {wrong[0]}, only 0 to {places - 1}")
         if not self._unused:
             raise TablesFull(f"all {self.starts.shape[0]} entries are in use")
         entry, code, vectors = _Entry(), _Writes(), _Writes()
         starts = np.zeros(places, np.int32)
         try:
-            for place, program in programs.items():
-                words = self._encode(program, entry, vectors)
+            for place in dict.fromkeys((*programs, *gates)):
+                program, read = programs.get(place), gates.get(place, {})
+                words = self._encode(program, read, entry, vectors)
                 start = self._code.take(len(words))
                 entry.code.append((start, len(words)))
-                entry.gates = max(entry.gates, program.gates)
-                entry.blocks = max(entry.blocks, len(program.blocks))
+                entry.gates = max(entry.gates, program.gates if program else 0, *(gate + 1 for gate in read))
+                entry.blocks = max(entry.blocks, len(program.blocks) if program else 0)
                 code.append((start, words))
                 starts[place] = start
         except BaseException:
@@ -177,9 +191,18 @@ class Tables:
                 self._vectors.give(vector.offset, vector.size)
                 del self._known[key]
 
-    def _encode(self, program: Program, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
-        parts = [(i, part) for i, block in enumerate(program.blocks) for part in _split(block)]
-        return np.concatenate([np.array([len(parts)], np.int32), *(self._block(b, i, entry, new) for i, b in parts)])
+    def _encode(self, program: Program | None, gates: Gates, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
+        blocks = [self._reading(gate, reading, entry, new) for gate, reading in gates.items()]
+        for index, block in enumerate(program.blocks if program else ()):
+            blocks += [self._block(part, index, entry, new) for part in _split(block)]
+        return np.concatenate([np.array([len(blocks)], np.int32), *blocks])
+
+    def _reading(self, gate: int, reading: Reading, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
+        direction = self._vector(reading.direction.float().contiguous().numpy(), entry, new)
+        bounds = (reading.threshold, 0.0, 0.0, reading.above, reading.below)
+        numbers = np.array([reading.bias, *(math.nan if b is None else b for b in bounds)], np.float32)
+        flags = DECIDES | READS | (COSINE if reading.cosine else 0)
+        return np.array([flags, 1, gate, NONE, direction, NONE, *numbers.view(np.int32)], np.int32)
 
     def _block(self, block: Block, index: int, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
         if block.count > MAX_ROWS:

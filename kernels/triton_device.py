@@ -20,6 +20,8 @@ READS = tl.constexpr(tables.READS)
 READ_COLUMNS = tl.constexpr(tables.READ_COLUMNS)
 WRITE_COLUMNS = tl.constexpr(tables.WRITE_COLUMNS)
 LOCAL = tl.constexpr(tables.LOCAL)
+DECIDES = tl.constexpr(tables.DECIDES)
+COSINE = tl.constexpr(tables.COSINE)
 PROGRAM_WORDS = tl.constexpr(tables.PROGRAM_WORDS)
 BLOCK_WORDS = tl.constexpr(tables.BLOCK_WORDS)
 ROW_WORDS = tl.constexpr(tables.ROW_WORDS)
@@ -96,6 +98,22 @@ def _move_columns(stream, change, columns, rows, count, flags, scale):
 
 
 @triton.jit
+def _decide(stream, columns, inside, row, vectors, flags):
+    """1 or 0, whether a gate is open. A threshold or bound that is not there is NaN."""
+    threshold = tl.load(row + 3).to(tl.float32, bitcast=True)
+    above = tl.load(row + 6).to(tl.float32, bitcast=True)
+    below = tl.load(row + 7).to(tl.float32, bitcast=True)
+    value = tl.sum(stream * _direction(tl.load(row), 0, vectors, columns, inside), 0)
+    if (flags & COSINE) != 0:
+        length = _norm(stream)
+        value = tl.div_rn(value, tl.where(length < 1e-30, 1e-30, length))
+    value += tl.load(row + 2).to(tl.float32, bitcast=True)
+    value = tl.where((threshold != threshold) | (value > threshold), value, 0.0)
+    ok = ((above != above) | (value > above)) & ((below != below) | (value < below))
+    return ok.to(tl.float32)
+
+
+@triton.jit
 def _change(base, columns, inside, program, vectors, gates, gates_columns, norms, norms_columns):
     """[BLOCK] float32, what a program does to the row whose stream is ``base``. ``gates`` and ``norms``: the row's."""
     change = tl.zeros_like(base)
@@ -111,7 +129,11 @@ def _change(base, columns, inside, program, vectors, gates, gates_columns, norms
         block = rows + count * ROW_WORDS
         scale = tl.where(gate < 0, 1.0, 0.0)
         if gates is not None:
-            scale = tl.load(gates + gate, mask=(gate >= 0) & (gate < gates_columns), other=scale)
+            if (flags & DECIDES) != 0:  # its scale is 0, its index -1
+                is_open = _decide(base + change, columns, inside, rows, vectors, flags)
+                tl.store(gates + gate, is_open, mask=gate < gates_columns)
+            else:
+                scale = tl.load(gates + gate, mask=(gate >= 0) & (gate < gates_columns), other=scale)
         before = change
         if scale != 0.0:
             stream = base + change
@@ -132,7 +154,7 @@ def _change(base, columns, inside, program, vectors, gates, gates_columns, norms
         if norms is not None:
             moved = change - before
             square = tl.where(index == last, square, 0.0) + tl.sum(moved * moved, 0)
-            tl.store(norms + index, tl.sqrt_rn(square), mask=index < norms_columns)
+            tl.store(norms + index, tl.sqrt_rn(square), mask=(index >= 0) & (index < norms_columns))
             last = index
     return change
 

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load, save
 from torch import Tensor
 
-from steersman.kernels.program import Block, Rows
+from steersman.kernels.program import Block, Reading, Rows
 from steersman.steering.encoders import FeatureEncode
 from steersman.steering.sites import ORDER, Site
 from steersman.steering.spec import Tokens
@@ -107,6 +107,11 @@ class GateRead:
     @property
     def per_request(self) -> bool:
         return self.over != "token"
+
+    @cached_property
+    def reading(self) -> Reading:
+        bias, threshold = (self.activation.bias, self.activation.threshold) if self.activation else (0.0, None)
+        return Reading(self.direction, self.measure == "cosine", bias, threshold, self.above, self.below)
 
 
 @dataclass(frozen=True)

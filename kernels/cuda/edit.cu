@@ -22,7 +22,8 @@
 
 namespace {
 
-constexpr int RELATIVE = 1, ONLY_IF_ACTIVE = 2, PRESERVE_NORM = 4, READS = 8, READ_COLUMNS = 16, WRITE_COLUMNS = 32;
+constexpr int RELATIVE = 1, ONLY_IF_ACTIVE = 2, PRESERVE_NORM = 4, READS = 8, READ_COLUMNS = 16, WRITE_COLUMNS = 32,
+              DECIDES = 128, COSINE = 256;
 constexpr int BLOCK_WORDS = 4, ROW_WORDS = 8, READ = 0, WRITE = 1;  // of `code`
 constexpr int MAX_ROWS = 1024;                                      // of a block
 constexpr int BATCH = 32;                                           // dots between two barriers
@@ -41,7 +42,7 @@ struct Arguments {
     const int* starts;   // [entries, places]
     const int* code;
     const float* vectors;
-    const float* gates;  // [rows, gates_columns] or null
+    float* gates;        // [rows, gates_columns] or null
     float* norms;        // [rows, norms_columns] or null
     float* squares;      // [rows] or null
     long long x_stride, residual_stride, gates_stride, norms_stride;
@@ -73,6 +74,14 @@ DEVICE float mapped(const int* row, float t, int flags, float scale) {
     return flags & ONLY_IF_ACTIVE && !active ? 0.0f : (to - a) * scale;
 }
 
+// Whether a reading is within its bounds, 0 or 1. A threshold or bound that is not there is NaN.
+DEVICE float holds(const int* row, float value) {
+    const float threshold = __int_as_float(row[3]), above = __int_as_float(row[6]), below = __int_as_float(row[7]);
+    const float p = value + __int_as_float(row[2]);
+    const float a = threshold != threshold || p > threshold ? p : 0.0f;
+    return (above != above || a > above) && (below != below || a < below) ? 1.0f : 0.0f;
+}
+
 // WIDE: rows are whole groups, at addresses of which 16 bytes can be read at once
 template <class E, bool WIDE>
 struct Row {
@@ -83,8 +92,7 @@ struct Row {
     float4* change;  // the first halves of all groups, then the second ones: neighbours fall into different banks
     int groups, thread, threads, turn;
     Raw *x, *residual;
-    const float* gates;
-    float* norms;
+    float *gates, *norms;
     bool moved;  // `change` holds something
 
     DEVICE Row(const Arguments& a, Shared& s, float4* memory)
@@ -337,6 +345,20 @@ struct Row {
         return norms ? sum(sums.square) : 0;
     }
 
+    // Reads a gate for blocks at later places.
+    DEVICE void decide(const int* row, int flags, int gate) {
+        float(*partial)[MAX_WARPS + 1] = shared.partial[turn ^= 1];
+        dots(row, 1, flags & COSINE, partial, 0);
+        __syncthreads();
+        if (thread || !gates || gate >= args.gates_columns) return;
+        float value = total(partial[0]);
+        if (flags & COSINE) {
+            const float length = sqrtf(total(partial[SQUARE]));
+            value /= length < 1e-30f ? 1e-30f : length;
+        }
+        gates[gate] = holds(row, value);
+    }
+
     // Fills `change`, norms and squares.
     DEVICE void run(const int* code, int i) {
         if (args.squares) {
@@ -350,6 +372,10 @@ struct Row {
             const int flags = code[0], count = code[1], gate = code[2], index = code[3];
             const int* rows = code + BLOCK_WORDS;
             code = rows + count * ROW_WORDS;
+            if (flags & DECIDES) {
+                decide(rows, flags, gate);
+                continue;
+            }
             const float scale = gate < 0 ? 1.0f : gate < args.gates_columns ? gates[gate] : 0.0f;
             if (index != last) size = 0, last = index;
             if (count && scale != 0) size += block(rows, count, flags, scale);

@@ -4,15 +4,20 @@ The host's work per step is one small copy, the entry of each row, and only when
 changed. Everything that a kernel reads stays at its address, so that launches can be captured in CUDA graphs;
 copies are queued on the current stream, before the pass that needs them.
 
-What needs the host between two layers stays with :mod:`steersman.server.engine.layout`: gates, probes, injections, and
-programs whose dots or norms are partial sums over tensor-parallel ranks.
+Gates are columns of a buffer with a row for each row of the batch. One that each token decides is written by the
+launch at the place where it is read, and looked up by those at later places; what a prompt has decided is copied there
+with the entries.
+
+What needs the host between two layers stays with :mod:`steersman.server.engine.layout`: probes, injections, token gates
+that hold, the passes in which a prompt decides a gate, and programs and gates whose dots or norms are partial sums over
+tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,12 +27,15 @@ from steersman.kernels.program import Program
 from steersman.kernels.reference import Reduce
 from steersman.kernels.tables import NONE, Tables, TablesFull, supports
 from steersman.server.engine.layout import Run, Work
+from steersman.server.engine.readback import Readback
 from steersman.server.engine.resident import Resident, Shard
 from steersman.steering.plan import Place
 from steersman.steering.sites import Site
 
 FLOATS_PER_WORD = 4  # of directions, for one word of programs
 ENTRIES_PER_PLAN = 2  # sets of interventions that a plan's tokens combine, on average
+GATES = 16  # of one plan
+T = TypeVar("T")
 
 
 class Kernel(Protocol):
@@ -40,15 +48,24 @@ class Kernel(Protocol):
         entries: Tensor,
         tables: Tables,
         place: int,
+        gates: Tensor | None = None,
         *,
         norms: Tensor | None = None,
         squares: Tensor | None = None,
     ) -> None: ...
 
 
+class Opened(NamedTuple):
+    """A gate that is open for these rows, as their prompt has decided."""
+
+    gate: int  # among the plan's
+    first: int
+    end: int  # past the last one
+
+
 class _Entry(NamedTuple):
     number: int
-    places: frozenset[Place]
+    places: frozenset[Place]  # where it edits or reads
 
 
 class DevicePlans:
@@ -74,36 +91,42 @@ class DevicePlans:
             len(places), device, entries=ENTRIES_PER_PLAN * plans, words=floats // FLOATS_PER_WORD, floats=floats
         )
         self.entries = torch.full((rows,), NONE, dtype=torch.int32, device=device)
-        self.places: frozenset[Place] = frozenset()  # where some row of this pass is edited
+        self.gates = torch.zeros(rows, GATES, device=device)
+        self.readback = Readback(self.gates)
+        self.places: frozenset[Place] = frozenset()  # where some row of this pass is edited or a gate is read
         self.sites: frozenset[Site] = frozenset()  # and at which sites
         self._filled = 0  # rows of ``entries`` that may name one
-        self._laid_out: tuple[Run, ...] | None = ()  # None: ``entries`` may name what is gone
+        self._laid_out: object = (), ()  # the runs and what is open; None: ``entries`` may name what is gone
         self._lacking: list[Run] = []  # of what is laid out
         self._found: tuple[frozenset[Place], frozenset[Site]] = frozenset(), frozenset()
         self._kept: OrderedDict[tuple[Resident, int], _Entry] = OrderedDict()
 
     def takes(self, resident: Resident) -> bool:
-        """Whether the plan's edits need nothing of the host while a pass runs.
+        """Whether the plan's edits need nothing of the host while a pass runs, but where a prompt decides its gates.
 
         A site counts as sharded where any layer's is: pipeline stages have other layers and must agree, as a stage
         that runs a pass without a graph hands on another number of rows.
         """
         sharded = {place.site for place in self._shards}
+        plan = resident.plan
         return (
-            not resident.reads
-            and not resident.plan.injections
+            not plan.probes
+            and not plan.injections
+            and len(plan.gates) <= GATES
+            and all(gate.per_request or not (gate.hold or gate.place.site in sharded) for gate in plan.gates)
             and all(
                 supports(Program(tuple(blocks), blocks[0].write.width), place.site in sharded)
-                for place, blocks in resident.plan.blocks.items()
+                for place, blocks in plan.blocks.items()
             )
         )
 
-    def lay_out(self, runs: Sequence[Run]) -> list[Run]:
+    def lay_out(self, runs: Sequence[Run], opened: Sequence[Opened] = ()) -> list[Run]:
         """The coming pass edits these rows, but for those that it returns: the tables cannot hold them beside the rest.
 
-        Who comes first in the batch, and so has been in it for longest, has room first.
+        Who comes first in the batch, and so has been in it for longest, has room first. ``opened``: of the gates that
+        are decided once, those that are open.
         """
-        key = tuple(runs)
+        key = tuple(runs), tuple(opened)
         if key != self._laid_out:
             self._laid_out = None
             entries = np.full(max(self._filled, max((r.end for r in runs), default=0)), NONE, np.int32)
@@ -113,6 +136,8 @@ class DevicePlans:
                 if (entry := found.get((run.resident, run.mask))) is not None:
                     entries[run.first : run.end] = entry.number
             self._fill(entries)
+            if any(run.resident.decides_once for run in runs):
+                self._fill_gates(len(entries), opened)
             self._laid_out = key
             places = frozenset[Place]().union(*(e.places for e in found.values()))
             self._found = places, frozenset(place.site for place in places)
@@ -125,24 +150,31 @@ class DevicePlans:
 
     def edit(self, place: Place, x: Tensor, residual: Tensor | None) -> None:
         """Edits the rows of x [T, d] in place."""
-        self._kernel(x, residual, self.entries, self.tables, self._index[place])
+        self._kernel(x, residual, self.entries, self.tables, self._index[place], self.gates)
 
     def edit_and_measure(
         self, place: Place, x: Tensor, residual: Tensor | None, work: Work, reduce: Reduce | None = None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """The same; [rows, n_blocks] how large each block's edit was beside the stream, for the rows of ``work``.
+
+        Also their gates, [rows, n_gates], where there are some.
 
         reduce: adds up over tensor-parallel ranks, where x is one rank's shard.
         """
         blocks = work.interventions.shape[1]
         norms = torch.zeros(len(x), max(blocks, self.tables.blocks), device=x.device)
         squares = torch.zeros(len(x), device=x.device)
-        self._kernel(x, residual, self.entries, self.tables, self._index[place], norms=norms, squares=squares)
+        at = self._index[place]
+        self._kernel(x, residual, self.entries, self.tables, at, self.gates, norms=norms, squares=squares)
         rows = torch.from_numpy(work.rows).to(x.device)
         sizes, square = norms[rows, :blocks], squares[rows]
         if reduce is not None:
             sizes, square = reduce(sizes.square()).sqrt(), reduce(square)
-        return sizes / square.sqrt().clamp_min(1e-30)[:, None]
+        return sizes / square.sqrt().clamp_min(1e-30)[:, None], self.gates[rows] if work.gated else None
+
+    def has(self, place: Place) -> bool:
+        """Whether the place is on this rank's pipeline stage."""
+        return place in self._index
 
     def at(self, sites: Collection[Site]) -> frozenset[Place]:
         return frozenset(place for place in self._index if place.site in sites)
@@ -176,20 +208,36 @@ class DevicePlans:
                 self._remove(oldest)
 
     def _add(self, resident: Resident, mask: int) -> _Entry:
-        programs = {  # other pipeline stages have the other layers
-            place: program for place, program in resident.programs(mask).items() if place in self._index
-        }
-        index = self.tables.add({self._index[place]: program for place, program in programs.items()})
-        return _Entry(index, frozenset(programs))
+        programs, gates = self._mine(resident.programs(mask)), self._mine(resident.token_gates(mask))
+        index = self.tables.add(
+            {self._index[place]: program for place, program in programs.items()},
+            {self._index[place]: readings for place, readings in gates.items()},
+        )
+        return _Entry(index, frozenset(programs).union(gates))
+
+    def _mine(self, by_place: Mapping[Place, T]) -> dict[Place, T]:
+        """Other pipeline stages have the other layers."""
+        return {place: value for place, value in by_place.items() if place in self._index}
 
     def _remove(self, key: tuple[Resident, int]) -> None:
         self.tables.remove(self._kept.pop(key).number)
         self._laid_out = None  # the index may come to mean another plan
 
+    def _fill_gates(self, rows: int, opened: Sequence[Opened]) -> None:
+        values = np.zeros((rows, GATES), np.float32)
+        for gate, first, end in opened:
+            values[first:end, gate] = 1
+        _stage(values, self.gates)
+
     def _fill(self, entries: Any) -> None:
-        source = torch.from_numpy(entries)
-        if self.entries.is_cuda:
-            source = source.pin_memory()
-        self.entries[: len(entries)].copy_(source, non_blocking=True)
+        _stage(entries, self.entries)
         named = np.flatnonzero(entries != NONE)
         self._filled = int(named[-1]) + 1 if len(named) else 0
+
+
+def _stage(values: Any, array: Tensor) -> None:
+    """Queues a copy of ``values`` into the first rows of ``array``."""
+    source = torch.from_numpy(values)
+    if array.is_cuda:
+        source = source.pin_memory()
+    array[: len(values)].copy_(source, non_blocking=True)

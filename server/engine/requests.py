@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.kernels.reference import is_open
 from steersman.server.engine.captures import Capture, Wanted
 from steersman.server.engine.resident import Resident
 from steersman.server.engine.signals import Signals
@@ -54,7 +55,7 @@ class GateState:
             values[last:] = float(bool(self.open))
 
     def _each(self, x: Tensor, start: int, values: Tensor) -> None:
-        values.copy_(self._holds(x))
+        values.copy_(is_open(x, self.read.reading))
         if not self.read.hold:
             return
         self._no_gap(start)
@@ -69,32 +70,20 @@ class GateState:
         if last < 0:
             raise LookupError("a gate decides at the prompt's last token, which was not computed here")
         if self.read.over == "last_prompt":
-            return bool(self._holds(x[last][None])[0]) if last < len(x) else None
+            return bool(is_open(x[last][None], self.read.reading)[0]) if last < len(x) else None
         if self.total is None:
-            self.total = torch.zeros(x.shape[1], dtype=torch.float64)
+            self.total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
         self._no_gap(start)
         new = x[self.seen - start : last + 1]  # what a preempted request computes again was added already
         self.total += new.double().sum(0)  # in float64 chunks of any size have the same sum
         self.seen += len(new)
-        return bool(self._holds((self.total / self.seen).float()[None])[0]) if last < len(x) else None
+        if last >= len(x):
+            return None
+        return bool(is_open((self.total / self.seen).float()[None], self.read.reading)[0])
 
     def _no_gap(self, start: int) -> None:
         if start > self.seen:
             raise LookupError(f"a gate needs positions {self.seen} to {start - 1}, which were not computed here")
-
-    def _holds(self, x: Tensor) -> Tensor:
-        """[n] whether the condition holds for each row of x [n, d]."""
-        value = (x * self.read.direction).sum(-1)
-        if self.read.measure == "cosine":
-            value = value / (x * x).sum(-1).sqrt().clamp_min(1e-30)
-        if self.read.activation is not None:
-            value = self.read.activation(value)
-        ok = torch.ones_like(value, dtype=torch.bool)
-        if self.read.above is not None:
-            ok &= value > self.read.above
-        if self.read.below is not None:
-            ok &= value < self.read.below
-        return ok
 
 
 @dataclass
@@ -139,6 +128,21 @@ class RequestState:
     def needs_layers(self) -> bool:
         """Whether rows are read between the layers for it, besides what its plan reads and edits."""
         return self.capture is not None or (self.signals is not None and bool(self.signals.norms))
+
+    @property
+    def decides_each(self) -> bool:
+        """Whether it has gates that each token decides."""
+        return any(not gate.read.per_request for gate in self.gates)
+
+    def on_device(self, start: int) -> bool:
+        """Whether the device does all that its plan asks of a pass from ``start`` on, so that a graph may stand for it.
+
+        A gate that decides once is decided on the host, in the passes that compute the prompt.
+        """
+        resident = self.resident
+        if resident is None or not resident.on_device:
+            return False
+        return not resident.decides_once or start >= self.selection.prompt_length
 
     def measured(self, layers: tuple[int, ...], sums: Sums) -> None:
         """Adds what a pass measured: [layers, 2, interventions], sum and count of ‖Δx‖/‖x‖ over the edited tokens."""

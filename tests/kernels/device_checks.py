@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from steersman.kernels.program import Program
+from steersman.kernels.program import Program, Reading
 from steersman.kernels.reference import edit as reference
+from steersman.kernels.reference import is_open
+from steersman.kernels.reference import read as read_row
 from steersman.kernels.tables import NONE, Tables
 from steersman.steering import lower
-from tests.kernels.programs import gates_of, vector
+from tests.kernels.programs import CONSTANT, draw, gates_of, vector
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of a rounding, relative
@@ -154,6 +156,81 @@ def deal(programs: Sequence[Program], n: int, seed: int) -> list[Program | None]
     dealt = hands[:n] + [rng.choice(hands) for _ in range(n - len(hands))]
     rng.shuffle(dealt)
     return dealt
+
+
+def reading(d: int, rng: random.Random, g: torch.Generator) -> Reading:
+    """Of a coordinate, a cosine or a feature, with bounds that a few of many rows are between."""
+    cosine, is_feature = rng.choice([(True, False), (False, False), (False, True)])
+    direction = vector(g, d)
+    direction /= direction.norm() * (1 if cosine else 3)
+    above, below = rng.choice([(-0.05, None), (None, 0.05), (-0.5, 0.5), (0.0, None)])
+    bias, threshold = (rng.gauss(0, 0.5), rng.choice([0.0, 0.4])) if is_feature else (0.0, None)
+    return Reading(direction, cosine, bias, threshold, above, below)
+
+
+def check_gates(edit: Edit, device: str, d: int, dtype: torch.dtype, seed: int, gap: int = 16) -> set[bool]:
+    """Gates that rows read where some of them are edited: what the reference finds, and the edits are as without.
+
+    Returns what was decided.
+    """
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    programs = deal([draw(d, seed, ("add", "ablate", "neurons")), draw(d, seed + 1, CONSTANT)], 9, seed)
+    batch = Batch.make(device, programs, d, dtype, gap=gap, seed=seed, with_residual=bool(seed % 2))
+    before = batch.whole.clone()
+    batch.gates = torch.rand(len(programs), 6, device=device).round()
+    edit(batch.x, batch.residual, batch.entries, batch.tables, PLACE, batch.gates, *batch.sizes())
+    plain, sizes = batch.whole.clone(), (batch.norms.clone(), batch.squares.clone())
+    batch.whole.copy_(before)
+    read = [{gate: reading(d, rng, g) for gate in rng.sample(range(3, 6), rng.randint(0, 3))} for _ in programs]
+    n, floats = len(programs), 40 * (d + 4)
+    tables = Tables(PLACES, torch.device(device), entries=n, words=20000, floats=n * floats)
+    entries = [
+        tables.add({PLACE: p} if p else {}, {PLACE: some} if some else {}) if p or some else NONE
+        for p, some in zip(programs, read, strict=True)
+    ]
+    stream = batch.x.cpu().double() + (0 if batch.residual is None else batch.residual.cpu().double())
+    gates = batch.gates.clone()
+    named = torch.tensor(entries, dtype=torch.int32, device=device)
+    edit(batch.x, batch.residual, named, tables, PLACE, gates, *batch.sizes())
+    assert torch.equal(bits(batch.whole), bits(plain)), "a reading changes no edit"
+    edited = torch.tensor([p is not None for p in programs])
+    assert torch.equal(batch.norms[:-1][edited], sizes[0][:-1][edited])
+    assert (batch.norms[:-1][~edited] == POISON).all(), "a reading has no size"
+    assert torch.equal(batch.squares[:-1][edited], sizes[1][:-1][edited])
+    seen = set[bool]()
+    for i, some in enumerate(read):
+        untouched = [column for column in range(6) if column not in some]
+        assert torch.equal(gates[i, untouched], batch.gates[i, untouched])
+        for gate, one in some.items():
+            value = float(read_row(stream[i : i + 1], one)[0])
+            slack = SUMS * float(1 + stream[i].norm() * one.direction.norm())
+            if any(b is not None and abs(value - b) < slack for b in (one.above, one.below, one.threshold)):
+                continue
+            want = bool(is_open(stream[i : i + 1], one)[0])
+            assert gates[i, gate] == want
+            seen.add(want)
+    tables.gates, wide = 4, batch.gates.clone()  # as a captured graph may hold it
+    edit(batch.x, batch.residual, named, tables, PLACE, wide[:, :4])
+    assert torch.equal(wide[:, 4:], batch.gates[:, 4:])
+    return seen
+
+
+def check_gates_hold_at_later_places(edit: Edit, device: str) -> None:
+    """Decided by one launch, looked up by the next; NaN is within no bounds."""
+    d, axis = 40, torch.eye(40)[3]
+    step = Program((lower.add(0, torch.ones(d), 1.0, False, gate=1),), d)
+    tables = Tables(2, torch.device(device), entries=2, words=200, floats=400)
+    entry = tables.add({1: step}, {0: {1: Reading(axis, above=0.5)}})
+    x = torch.zeros(4, d, device=device)
+    x[:, 3] = torch.tensor([1.0, 0.25, float("nan"), 2.0])
+    entries = torch.tensor([entry, entry, entry, NONE], dtype=torch.int32, device=device)
+    before, gates = x.clone(), torch.full((4, 2), 0.5, device=device)
+    edit(x, None, entries, tables, 0, gates)
+    assert torch.equal(bits(x), bits(before))
+    assert gates.tolist() == [[0.5, 1], [0.5, 0], [0.5, 0], [0.5, 0.5]]
+    edit(x, None, entries, tables, 1, gates)
+    assert torch.equal(x[0], before[0] + 1)
+    assert torch.equal(bits(x[1:]), bits(before[1:]))
 
 
 def check_bad_calls(edit: Edit, edit_and_norm: Edit, device: str) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from tests.kernels.device_checks import (
     Batch,
     bits,
     check_bad_calls,
+    check_gates,
+    check_gates_hold_at_later_places,
     deal,
     fill,
 )
@@ -207,6 +209,22 @@ def test_norm_rounds_the_quotient_before_the_weight(device: str) -> None:
     y, r = own.clone(), rest.clone()
     edit_and_norm(y, r, weight - 1, 0.0, entries, tables, PLACE, gemma=True)
     assert torch.equal(y, (quotient * 1.5).bfloat16())
+
+
+# Gates
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_are_read(dtype: torch.dtype, device: str) -> None:
+    decided = set[bool]()
+    for d in (33, 576, 5000):
+        for seed in range(2):
+            decided |= check_gates(edit, device, d, dtype, 7 * d + seed, gap=6 * seed)
+    assert decided == {False, True}
+
+
+def test_gates_hold_at_later_places(device: str) -> None:
+    check_gates_hold_at_later_places(edit, device)
 
 
 # Bits

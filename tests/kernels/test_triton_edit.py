@@ -30,6 +30,8 @@ from tests.kernels.device_checks import (
     Batch,
     bits,
     check_bad_calls,
+    check_gates,
+    check_gates_hold_at_later_places,
     deal,
     fill,
 )
@@ -179,6 +181,24 @@ def test_norm_that_follows(dtype: torch.dtype, kind: str, device: str) -> None:
         assert ((norms[i, :blocks].cpu() - sizes).abs() <= 1e-4 * sizes + SUMS * length).all()
         assert (norms[i, blocks:] == POISON).all()
         assert (squares[i].item() == POISON) == (program is None)
+
+
+# Gates
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_are_read(dtype: torch.dtype, device: str) -> None:
+    decided = set[bool]()
+    for d in (33, 70):
+        for seed in range(2):
+            decided |= check_gates(edit, device, d, dtype, 7 * d + seed, gap=6 * seed)
+    assert decided == {False, True}
+
+
+@on_device
+def test_gates_hold_at_later_places(device: str) -> None:
+    check_gates_hold_at_later_places(edit, device)
 
 
 # Bits

@@ -228,7 +228,7 @@ def test_a_device_leaves_it_to_the_host() -> None:
     toy = Toy(runtime)
     toy.add("r", plan_of(inject()), PROMPT)
     toy.add("other", plan_of(add(0, 1)), PROMPT)
-    assert (runtime.needs_host(["r"]), runtime.needs_host(["other"])) == (True, False)
+    assert (runtime.needs_host({"r": 0}), runtime.needs_host({"other": 0})) == (True, False)
     out = toy.run(Piece("other", 0, PROMPT), Piece("r", 0, PROMPT))
     close(out["r"], formula(LAST)[0][:P])
 
