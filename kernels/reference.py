@@ -60,6 +60,14 @@ def is_open(x: Tensor, reading: Reading) -> Tensor:
     return ok
 
 
+def inject(x: Tensor, carried: Tensor) -> Tensor:
+    """[n, d] the change of ``x`` [n, d] to y = x + carried at the length of x: zero where nothing is carried."""
+    y = x + carried
+    before, after = (x * x).sum(-1).sqrt(), (y * y).sum(-1).sqrt()
+    ratio = torch.where(after > 0, before / after, 1)
+    return y * ratio[:, None] - x
+
+
 def scalar_map(t: Tensor, block: Block) -> Tensor:
     """a' − a for the coordinates t [n, r] of one block."""
     p = t + block.bias.to(t)

@@ -15,10 +15,15 @@ write columns are sorted by them, so that one thread can add up what goes to the
 ``LOCAL`` none of them reads anything but the column that it writes. A block of more than ``MAX_ROWS`` such rows is
 laid out as several that have the same index: the square of its size is the sum of theirs.
 
-A block with the flag ``DECIDES`` edits nothing: it reads a gate (a :class:`~steersman.kernels.program.Reading`, of a
-cosine with ``COSINE``) from the stream as it comes to the place, and writes 1 or 0 where blocks at later places look
-their gate up. Such blocks are a program's first; they have one row, in which ``low`` and ``high`` are the bounds, and
-NaN stands for a threshold or a bound that there is not.
+Some blocks are no edits with a read and a write vector; they have one row, of which they use some words. Their index
+is -1, but for injections, which edit.
+
+* ``DECIDES``: reads a gate (a :class:`~steersman.kernels.program.Reading`, of a cosine with ``COSINE``) from the stream
+  as it comes to the place, and writes 1 or 0 where blocks at later places look their gate up. ``low`` and ``high`` are
+  the bounds; NaN stands for a threshold or a bound that there is not. Such blocks come first.
+* ``INJECTS``: an :class:`~steersman.kernels.program.Inject`; ``write`` is the slot.
+* ``CARRIES``: a :class:`~steersman.kernels.program.Source`, ``FIRST`` the first of its slot; ``write`` is the slot,
+  ``bias`` the weight. Such blocks come last, and read what the DECIDES ones do.
 
 What the words mean is :mod:`steersman.kernels.program`'s formula. All three arrays stay where they are, as a
 captured graph needs; writes to them are queued on the device's current stream.
@@ -29,9 +34,8 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,10 +43,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steersman.kernels.program import Block, Program, Reading, Rows
+from steersman.kernels.program import Block, Code, Inject, Program, Reading, Rows
 
 RELATIVE, ONLY_IF_ACTIVE, PRESERVE_NORM, READS, READ_COLUMNS, WRITE_COLUMNS, LOCAL = (1 << i for i in range(7))
-DECIDES, COSINE = 1 << 7, 1 << 8
+DECIDES, COSINE, INJECTS, CARRIES, FIRST = (1 << i for i in range(7, 12))
 PROGRAM_WORDS, BLOCK_WORDS, ROW_WORDS = 1, 4, 8
 UNIT = 4  # floats
 MAX_ROWS = 1024  # of a block: a kernel keeps one coefficient of each in fast memory
@@ -108,14 +112,33 @@ class _Entry:
 
 
 _Writes = list[tuple[int, NDArray[Any]]]  # (where, what)
-Gates = Mapping[int, Reading]
-"""What is read for which of a plan's gates."""
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What kernels keep of each row of a batch from one place to later ones. They stay where they are.
+
+    A row past the last one of ``carry`` cannot inject: nothing changes where it should.
+    """
+
+    gates: Tensor  # [rows, columns] float32, 0 or 1
+    carry: Tensor  # [rows, slots, width] float32, the width a multiple of 8
 
 
 class Tables:
     """The three arrays on ``device``, and who uses what in them."""
 
-    def __init__(self, places: int, device: torch.device, *, entries: int, words: int, floats: int) -> None:
+    def __init__(
+        self,
+        places: int,
+        device: torch.device,
+        *,
+        entries: int,
+        words: int,
+        floats: int,
+        buffers: Buffers | None = None,
+    ) -> None:
+        self.buffers = buffers
         self.starts = torch.zeros(entries, places, dtype=torch.int32, device=device)
         self.code = torch.zeros(words, dtype=torch.int32, device=device)
         self.vectors = torch.zeros(floats // UNIT * UNIT, device=device)
@@ -138,26 +161,24 @@ class Tables:
     def used_floats(self) -> int:
         return (self._vectors.size - self._vectors.free) * UNIT
 
-    def add(self, programs: Mapping[int, Program], gates: Mapping[int, Gates] = MappingProxyType({})) -> int:
-        """A new entry, with a program and with gates read at each of these places.
-
-        Raises TablesFull or ProgramTooLarge and keeps none.
-        """
+    def add(self, programs: Mapping[int, Program | Code]) -> int:
+        """A new entry, with a program at each of these places. Raises TablesFull or ProgramTooLarge and keeps none."""
         places = self.starts.shape[1]
-        if wrong := [place for place in (*programs, *gates) if not 0 <= place < places]:
+        if wrong := [place for place in programs if not 0 <= place < places]:
             raise IndexError(f"there is no place {wrong[0]}, only 0 to {places - 1}")
         if not self._unused:
             raise TablesFull(f"all {self.starts.shape[0]} entries are in use")
         entry, code, vectors = _Entry(), _Writes(), _Writes()
         starts = np.zeros(places, np.int32)
         try:
-            for place in dict.fromkeys((*programs, *gates)):
-                program, read = programs.get(place), gates.get(place, {})
-                words = self._encode(program, read, entry, vectors)
+            for place, program in programs.items():
+                given = Code(program.blocks) if isinstance(program, Program) else program
+                words = self._encode(given, entry, vectors)
                 start = self._code.take(len(words))
                 entry.code.append((start, len(words)))
-                entry.gates = max(entry.gates, program.gates if program else 0, *(gate + 1 for gate in read))
-                entry.blocks = max(entry.blocks, len(program.blocks) if program else 0)
+                gates = [*(block.gate for block in given.blocks), *given.gates]
+                entry.gates = max(entry.gates, 1 + max(gates, default=NONE))
+                entry.blocks = max(entry.blocks, len(given.blocks))
                 code.append((start, words))
                 starts[place] = start
         except BaseException:
@@ -191,18 +212,29 @@ class Tables:
                 self._vectors.give(vector.offset, vector.size)
                 del self._known[key]
 
-    def _encode(self, program: Program | None, gates: Gates, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
-        blocks = [self._reading(gate, reading, entry, new) for gate, reading in gates.items()]
-        for index, block in enumerate(program.blocks if program else ()):
-            blocks += [self._block(part, index, entry, new) for part in _split(block)]
+    def _encode(self, given: Code, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
+        blocks = [self._reading(gate, reading, entry, new) for gate, reading in given.gates.items()]
+        for index, block in enumerate(given.blocks):
+            if isinstance(block, Inject):
+                blocks.append(_block_of_one(INJECTS, block.gate, index, write=self._slot(block.slot)))
+            else:
+                blocks += [self._block(part, index, entry, new) for part in _split(block)]
+        for source in given.sources:
+            flags = CARRIES | (FIRST if source.first else 0)
+            blocks.append(_block_of_one(flags, NONE, NONE, [source.weight], write=self._slot(source.slot)))
         return np.concatenate([np.array([len(blocks)], np.int32), *blocks])
+
+    def _slot(self, slot: int) -> int:
+        if self.buffers is None or not 0 <= slot < self.buffers.carry.shape[1]:
+            raise ProgramTooLarge(f"there is no room for what is carried in slot {slot}")
+        return slot
 
     def _reading(self, gate: int, reading: Reading, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
         direction = self._vector(reading.direction.float().contiguous().numpy(), entry, new)
         bounds = (reading.threshold, 0.0, 0.0, reading.above, reading.below)
-        numbers = np.array([reading.bias, *(math.nan if b is None else b for b in bounds)], np.float32)
+        numbers = [reading.bias, *(math.nan if b is None else b for b in bounds)]
         flags = DECIDES | READS | (COSINE if reading.cosine else 0)
-        return np.array([flags, 1, gate, NONE, direction, NONE, *numbers.view(np.int32)], np.int32)
+        return _block_of_one(flags, gate, NONE, numbers, read=direction)
 
     def _block(self, block: Block, index: int, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
         if block.count > MAX_ROWS:
@@ -242,6 +274,14 @@ class Tables:
         found.users += 1
         entry.vectors.append(key)
         return found.offset
+
+
+def _block_of_one(
+    flags: int, gate: int, index: int, numbers: Sequence[float] = (), *, read: int = NONE, write: int = NONE
+) -> NDArray[np.int32]:
+    scalars = np.zeros(ROW_WORDS - 2, np.float32)
+    scalars[: len(numbers)] = numbers
+    return np.array([flags, 1, gate, index, read, write, *scalars.view(np.int32)], np.int32)
 
 
 def supports(program: Program, sharded: bool = False) -> bool:

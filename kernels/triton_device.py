@@ -22,6 +22,9 @@ WRITE_COLUMNS = tl.constexpr(tables.WRITE_COLUMNS)
 LOCAL = tl.constexpr(tables.LOCAL)
 DECIDES = tl.constexpr(tables.DECIDES)
 COSINE = tl.constexpr(tables.COSINE)
+INJECTS = tl.constexpr(tables.INJECTS)
+CARRIES = tl.constexpr(tables.CARRIES)
+FIRST = tl.constexpr(tables.FIRST)
 PROGRAM_WORDS = tl.constexpr(tables.PROGRAM_WORDS)
 BLOCK_WORDS = tl.constexpr(tables.BLOCK_WORDS)
 ROW_WORDS = tl.constexpr(tables.ROW_WORDS)
@@ -114,8 +117,32 @@ def _decide(stream, columns, inside, row, vectors, flags):
 
 
 @triton.jit
-def _change(base, columns, inside, program, vectors, gates, gates_columns, norms, norms_columns):
-    """[BLOCK] float32, what a program does to the row whose stream is ``base``. ``gates`` and ``norms``: the row's."""
+def _inject(stream, change, columns, inside, carried, scale):
+    """``change`` with an injection of what lies at ``carried``."""
+    y = stream + tl.load(carried + columns, mask=inside, other=0.0)
+    before = _norm(stream)
+    after = _norm(y)
+    ratio = tl.where(after > 0.0, tl.div_rn(before, after), 1.0)
+    return change + scale * (y * ratio - stream)
+
+
+@triton.jit
+def _carry(base, columns, inside, carried, row, flags):
+    """Adds to what lies at ``carried``, or begins it."""
+    weight = tl.load(row + 2).to(tl.float32, bitcast=True)
+    before = tl.load(carried + columns, mask=inside, other=0.0)
+    before = tl.where((flags & FIRST) != 0, 0.0, before)
+    tl.store(carried + columns, before + weight * base, mask=inside)
+
+
+@triton.jit
+def _change(
+    base, columns, inside, program, vectors, gates, gates_columns, norms, norms_columns, carry, carry_slots, carry_width
+):
+    """[BLOCK] float32, what a program does to the row whose stream is ``base``.
+
+    ``gates``, ``norms`` and ``carry``: the row's.
+    """
     change = tl.zeros_like(base)
     block = program + PROGRAM_WORDS
     last = tl.full([], -1, tl.int32)  # index of the block before
@@ -142,7 +169,15 @@ def _change(base, columns, inside, program, vectors, gates, gates_columns, norms
                 length = _norm(stream)
             if (flags & RELATIVE) != 0:
                 scale *= length
-            if (flags & LOCAL) != 0:
+            if (flags & (INJECTS | CARRIES)) != 0:
+                slot = tl.load(rows + 1)
+                if carry is not None:  # noqa: SIM102 - this one is decided when it is compiled
+                    if slot < carry_slots:
+                        if (flags & INJECTS) != 0:
+                            change = _inject(stream, change, columns, inside, carry + slot * carry_width, scale)
+                        else:
+                            _carry(base, columns, inside, carry + slot * carry_width, rows, flags)
+            elif (flags & LOCAL) != 0:
                 change = _move_columns(stream, change, columns, rows, count, flags, scale)
             else:
                 change = _move_rows(stream, change, columns, inside, rows, count, vectors, flags, scale)
@@ -159,7 +194,7 @@ def _change(base, columns, inside, program, vectors, gates, gates_columns, norms
     return change
 
 
-@triton.jit(do_not_specialize=["place", "places", "gates_columns", "norms_columns"])
+@triton.jit(do_not_specialize=["place", "places", "gates_columns", "norms_columns", "carry_rows", "carry_slots"])
 def edit(
     x,  # [T, WIDTH] any float
     residual,  # the same, or None
@@ -171,6 +206,7 @@ def edit(
     gates,  # [T, gates_columns] float32, or None
     norms,  # [T, norms_columns] float32, or None
     squares,  # [T] float32, or None
+    carry,  # [carry_rows, carry_slots, carry_width] float32, or None
     place,
     places,
     x_stride,
@@ -179,6 +215,9 @@ def edit(
     gates_columns,
     norms_stride,
     norms_columns,
+    carry_rows,
+    carry_slots,
+    carry_width,
     eps,
     NORM: tl.constexpr,  # whether the RMSNorm follows, for every row
     GEMMA: tl.constexpr,  # with a weight less by 1, and one rounding less
@@ -201,8 +240,11 @@ def edit(
                 tl.store(squares + i, tl.sum(stream * stream, 0))
             row_gates = None if gates is None else gates + i * gates_stride
             row_norms = None if norms is None else norms + i * norms_stride
+            row_carry = None if carry is None else carry + i * carry_slots * carry_width
+            slots = tl.where(i < carry_rows, carry_slots, 0)
             change = _change(
-                stream, columns, inside, code + start, vectors, row_gates, gates_columns, row_norms, norms_columns
+                *(stream, columns, inside, code + start, vectors, row_gates, gates_columns, row_norms, norms_columns),
+                *(row_carry, slots, carry_width),
             )
         if NORM:
             stream += change

@@ -23,7 +23,7 @@
 namespace {
 
 constexpr int RELATIVE = 1, ONLY_IF_ACTIVE = 2, PRESERVE_NORM = 4, READS = 8, READ_COLUMNS = 16, WRITE_COLUMNS = 32,
-              DECIDES = 128, COSINE = 256;
+              DECIDES = 128, COSINE = 256, INJECTS = 512, CARRIES = 1024, FIRST = 2048;
 constexpr int BLOCK_WORDS = 4, ROW_WORDS = 8, READ = 0, WRITE = 1;  // of `code`
 constexpr int MAX_ROWS = 1024;                                      // of a block
 constexpr int BATCH = 32;                                           // dots between two barriers
@@ -45,12 +45,13 @@ struct Arguments {
     float* gates;        // [rows, gates_columns] or null
     float* norms;        // [rows, norms_columns] or null
     float* squares;      // [rows] or null
+    float* carry;        // [carry_rows, carry_slots, carry_width] or null; the width is a multiple of 8
     long long x_stride, residual_stride, gates_stride, norms_stride;
-    int rows, width, place, places, gates_columns, norms_columns;
+    int rows, width, place, places, gates_columns, norms_columns, carry_rows, carry_slots, carry_width;
     int gemma;  // multiply by 1 + weight, and round once
     float eps;
 };
-static_assert(sizeof(Arguments) == 144, "cuda_edit.py packs 144 bytes");
+static_assert(sizeof(Arguments) == 168, "cuda_edit.py packs 164 bytes, and these 4 are padding");
 
 struct Shared {
     float steps[MAX_ROWS];
@@ -93,6 +94,7 @@ struct Row {
     int groups, thread, threads, turn;
     Raw *x, *residual;
     float *gates, *norms;
+    float4* carry;  // null: the row has none
     bool moved;  // `change` holds something
 
     DEVICE Row(const Arguments& a, Shared& s, float4* memory)
@@ -104,6 +106,8 @@ struct Row {
         residual = args.residual ? (Raw*)args.residual + i * args.residual_stride : nullptr;
         gates = args.gates ? args.gates + i * args.gates_stride : nullptr;
         norms = args.norms ? args.norms + i * args.norms_stride : nullptr;
+        const long long carried = (long long)args.carry_slots * args.carry_width;
+        carry = args.carry && i < args.carry_rows ? (float4*)(args.carry + i * carried) : nullptr;
         moved = false;
     }
 
@@ -350,13 +354,64 @@ struct Row {
         float(*partial)[MAX_WARPS + 1] = shared.partial[turn ^= 1];
         dots(row, 1, flags & COSINE, partial, 0);
         __syncthreads();
-        if (thread || !gates || gate >= args.gates_columns) return;
-        float value = total(partial[0]);
-        if (flags & COSINE) {
-            const float length = sqrtf(total(partial[SQUARE]));
-            value /= length < 1e-30f ? 1e-30f : length;
+        if (thread == 0 && gates && gate < args.gates_columns) {
+            float value = total(partial[0]);
+            if (flags & COSINE) {
+                const float length = sqrtf(total(partial[SQUARE]));
+                value /= length < 1e-30f ? 1e-30f : length;
+            }
+            gates[gate] = holds(row, value);
         }
-        gates[gate] = holds(row, value);
+        __syncthreads();  // all threads see the same gates
+    }
+
+    DEVICE float4* slot(const int* row) const {
+        const int s = row[WRITE];
+        return carry && s < args.carry_slots ? carry + s * (args.carry_width / 4) : nullptr;
+    }
+
+    // change += scale * (y * |s| / |y| - s), y = s + carried; the square of that, for thread 0, if it is wanted.
+    DEVICE double inject(const float4* carried, float scale) {
+        float before = 0, after = 0;
+        for (int g = thread; g < groups; g += threads) {
+            float s[GROUP], y[GROUP];
+            stream(g, s);
+            unpack(carried[2 * g], carried[2 * g + 1], y);
+#pragma unroll
+            for (int k = 0; k < GROUP; k++) before += s[k] * s[k], y[k] += s[k], after += y[k] * y[k];
+        }
+        before = sum(before), after = sum(after);
+        const float ratio = after > 0 ? sqrtf(before) / sqrtf(after) : 1.0f;
+        float squared = 0;
+        for (int g = thread; g < groups; g += threads) {
+            float s[GROUP], c[GROUP], y[GROUP];
+            stream(g, s);
+            changed(g, c);
+            unpack(carried[2 * g], carried[2 * g + 1], y);
+#pragma unroll
+            for (int k = 0; k < GROUP; k++) {
+                const float m = scale * ((s[k] + y[k]) * ratio - s[k]);
+                squared += m * m, c[k] += m;
+            }
+            keep(g, c);
+        }
+        moved = true;
+        return norms ? sum(squared) : 0;
+    }
+
+    // Adds what came to the place to what is carried, or begins with it.
+    DEVICE void source(const int* row, int flags) {
+        float4* carried = slot(row);
+        const float weight = __int_as_float(row[2]);
+        for (int g = thread; carried && g < groups; g += threads) {
+            float s[GROUP], y[GROUP] = {};
+            base(g, s);
+            if (!(flags & FIRST)) unpack(carried[2 * g], carried[2 * g + 1], y);
+#pragma unroll
+            for (int k = 0; k < GROUP; k++) y[k] += weight * s[k];
+            carried[2 * g] = make_float4(y[0], y[1], y[2], y[3]);
+            carried[2 * g + 1] = make_float4(y[4], y[5], y[6], y[7]);
+        }
     }
 
     // Fills `change`, norms and squares.
@@ -376,9 +431,17 @@ struct Row {
                 decide(rows, flags, gate);
                 continue;
             }
+            if (flags & CARRIES) {
+                source(rows, flags);
+                continue;
+            }
             const float scale = gate < 0 ? 1.0f : gate < args.gates_columns ? gates[gate] : 0.0f;
             if (index != last) size = 0, last = index;
-            if (count && scale != 0) size += block(rows, count, flags, scale);
+            if (flags & INJECTS) {
+                if (scale != 0 && slot(rows)) size += inject(slot(rows), scale);
+            } else if (count && scale != 0) {
+                size += block(rows, count, flags, scale);
+            }
             if (norms && thread == 0 && index < args.norms_columns) norms[index] = (float)sqrt(size);
         }
     }

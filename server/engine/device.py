@@ -6,10 +6,11 @@ copies are queued on the current stream, before the pass that needs them.
 
 Gates are columns of a buffer with a row for each row of the batch. One that each token decides is written by the
 launch at the place where it is read, and looked up by those at later places; what a prompt has decided is copied there
-with the entries.
+with the entries. What rows carry from the sources of an injection to its targets is a buffer too, of as many rows as
+its memory has room for: a pass with more of them injects on the host.
 
-What needs the host between two layers stays with :mod:`steersman.server.engine.layout`: probes, injections, token gates
-that hold, the passes in which a prompt decides a gate, and programs and gates whose dots or norms are partial sums over
+What needs the host between two layers stays with :mod:`steersman.server.engine.layout`: probes, token gates that hold,
+the passes in which a prompt decides a gate, and programs and gates whose dots or norms are partial sums over
 tensor-parallel ranks.
 """
 
@@ -17,15 +18,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from steersman.kernels.program import Program
+from steersman.kernels.arguments import PADDING
+from steersman.kernels.program import Block, Code, Inject, Program, Source
 from steersman.kernels.reference import Reduce
-from steersman.kernels.tables import NONE, Tables, TablesFull, supports
+from steersman.kernels.tables import NONE, Buffers, Tables, TablesFull, supports
+from steersman.server.engine.chain import Injected
 from steersman.server.engine.layout import Run, Work
 from steersman.server.engine.readback import Readback
 from steersman.server.engine.resident import Resident, Shard
@@ -35,7 +38,8 @@ from steersman.steering.sites import Site
 FLOATS_PER_WORD = 4  # of directions, for one word of programs
 ENTRIES_PER_PLAN = 2  # sets of interventions that a plan's tokens combine, on average
 GATES = 16  # of one plan
-T = TypeVar("T")
+SLOTS = 4  # injections of one plan
+CARRIED = (Site.ATTN_OUT, Site.MLP_OUT)  # as wide as the stream, and whole on every rank
 
 
 class Kernel(Protocol):
@@ -48,7 +52,6 @@ class Kernel(Protocol):
         entries: Tensor,
         tables: Tables,
         place: int,
-        gates: Tensor | None = None,
         *,
         norms: Tensor | None = None,
         squares: Tensor | None = None,
@@ -81,17 +84,26 @@ class DevicePlans:
         rows: int,
         plans: int,
         nbytes: int,
+        d_model: int = 1,
+        carry_nbytes: int = 0,
     ) -> None:
-        """``rows``: of the largest batch. ``nbytes``: what directions may take; programs take a quarter more."""
+        """``rows``: of the largest batch. ``nbytes``: what directions may take; programs take a quarter more.
+
+        carry_nbytes: what may be carried to injections, for as many rows as have room there.
+        """
         self._kernel = kernel
         self._index = {place: i for i, place in enumerate(places)}
         self._shards = shards
         floats = nbytes // 4
-        self.tables = Tables(
-            len(places), device, entries=ENTRIES_PER_PLAN * plans, words=floats // FLOATS_PER_WORD, floats=floats
-        )
-        self.entries = torch.full((rows,), NONE, dtype=torch.int32, device=device)
+        padded = -(-d_model // PADDING) * PADDING
+        self.injected_rows = min(carry_nbytes // (4 * SLOTS * padded), rows)  # of a pass that injects here
         self.gates = torch.zeros(rows, GATES, device=device)
+        buffers = Buffers(self.gates, torch.zeros(self.injected_rows, SLOTS, padded, device=device))
+        self.tables = Tables(
+            len(places), device, entries=ENTRIES_PER_PLAN * plans, words=floats // FLOATS_PER_WORD, floats=floats,
+            buffers=buffers,
+        )  # fmt: skip
+        self.entries = torch.full((rows,), NONE, dtype=torch.int32, device=device)
         self.readback = Readback(self.gates)
         self.places: frozenset[Place] = frozenset()  # where some row of this pass is edited or a gate is read
         self.sites: frozenset[Site] = frozenset()  # and at which sites
@@ -111,7 +123,8 @@ class DevicePlans:
         plan = resident.plan
         return (
             not plan.probes
-            and not plan.injections
+            and (not plan.injections or (self.injected_rows > 0 and len(plan.injections) <= SLOTS))
+            and all(injection.site in CARRIED for injection in plan.injections)
             and len(plan.gates) <= GATES
             and all(gate.per_request or not (gate.hold or gate.place.site in sharded) for gate in plan.gates)
             and all(
@@ -150,7 +163,7 @@ class DevicePlans:
 
     def edit(self, place: Place, x: Tensor, residual: Tensor | None) -> None:
         """Edits the rows of x [T, d] in place."""
-        self._kernel(x, residual, self.entries, self.tables, self._index[place], self.gates)
+        self._kernel(x, residual, self.entries, self.tables, self._index[place])
 
     def edit_and_measure(
         self, place: Place, x: Tensor, residual: Tensor | None, work: Work, reduce: Reduce | None = None
@@ -164,8 +177,7 @@ class DevicePlans:
         blocks = work.interventions.shape[1]
         norms = torch.zeros(len(x), max(blocks, self.tables.blocks), device=x.device)
         squares = torch.zeros(len(x), device=x.device)
-        at = self._index[place]
-        self._kernel(x, residual, self.entries, self.tables, at, self.gates, norms=norms, squares=squares)
+        self._kernel(x, residual, self.entries, self.tables, self._index[place], norms=norms, squares=squares)
         rows = torch.from_numpy(work.rows).to(x.device)
         sizes, square = norms[rows, :blocks], squares[rows]
         if reduce is not None:
@@ -208,16 +220,28 @@ class DevicePlans:
                 self._remove(oldest)
 
     def _add(self, resident: Resident, mask: int) -> _Entry:
-        programs, gates = self._mine(resident.programs(mask)), self._mine(resident.token_gates(mask))
-        index = self.tables.add(
-            {self._index[place]: program for place, program in programs.items()},
-            {self._index[place]: readings for place, readings in gates.items()},
-        )
-        return _Entry(index, frozenset(programs).union(gates))
+        codes = self._codes(resident, mask)
+        return _Entry(self.tables.add({self._index[place]: code for place, code in codes.items()}), frozenset(codes))
 
-    def _mine(self, by_place: Mapping[Place, T]) -> dict[Place, T]:
-        """Other pipeline stages have the other layers."""
-        return {place: value for place, value in by_place.items() if place in self._index}
+    def _codes(self, resident: Resident, mask: int) -> dict[Place, Code]:
+        """By place; other pipeline stages have the other layers."""
+        blocks: dict[Place, tuple[Block | Inject, ...]] = {}
+        for place, program in resident.programs(mask).items():
+            blocks[place] = program.blocks
+        for place, chain in resident.chains(mask).items():
+            blocks[place] = tuple(Inject(b.index, b.gate) if isinstance(b, Injected) else b for b in chain.blocks)
+        gates = resident.token_gates(mask)
+        sources: dict[Place, list[Source]] = {}
+        begun = set[int]()
+        for place, injection, weight in resident.sources(mask):
+            if place in self._index:
+                sources.setdefault(place, []).append(Source(injection, weight, injection not in begun))
+                begun.add(injection)
+        return {
+            place: Code(blocks.get(place, ()), gates.get(place, {}), tuple(sources.get(place, ())))
+            for place in dict.fromkeys((*blocks, *gates, *sources))
+            if place in self._index
+        }
 
     def _remove(self, key: tuple[Resident, int]) -> None:
         self.tables.remove(self._kept.pop(key).number)

@@ -135,7 +135,7 @@ class RequestState:
         return any(not gate.read.per_request for gate in self.gates)
 
     def on_device(self, start: int) -> bool:
-        """Whether the device does all that its plan asks of a pass from ``start`` on, so that a graph may stand for it.
+        """Whether a device that takes its plan does all that the plan asks of a pass from ``start`` on.
 
         A gate that decides once is decided on the host, in the passes that compute the prompt.
         """

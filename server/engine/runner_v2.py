@@ -50,7 +50,8 @@ def attach(runner: Any, runtime: Runtime) -> None:
 
     def _add_requests(scheduler_output: Any, *rest: Any, **kwargs: Any) -> Any:
         shared.note_requests(runtime, scheduler_output)
-        graphs.levels.eager = runtime.needs_host(shared.starts(scheduler_output) if runtime.requests else {})
+        starts = shared.starts(scheduler_output) if runtime.requests else {}
+        graphs.levels.eager = runtime.needs_host(starts, scheduler_output.total_num_scheduled_tokens)
         return add_requests(scheduler_output, *rest, **kwargs)
 
     def _prepare_inputs(*args: Any, **kwargs: Any) -> Any:

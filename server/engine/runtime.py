@@ -153,22 +153,26 @@ class Runtime:
 
     # -- one forward pass -------------------------------------------------------------------------
 
-    def needs_host(self, starts: Mapping[str, int]) -> bool:
+    def needs_host(self, starts: Mapping[str, int], rows: int) -> bool:
         """Whether a pass with these requests needs the host between its layers, so that no graph can stand for it.
 
-        starts: the position from which each is computed.
+        starts: the position from which each is computed. rows: of all of them, at most.
         """
         if self.monitor is not None and self.monitor.due:
             return True
         if not self.requests:
             return False
         found = ((self.requests.get(request_id), start) for request_id, start in starts.items())
-        return any(s is not None and self._needs_host(s, start) for s, start in found)
+        return any(s is not None and self._needs_host(s, self._runs_on_device(s, start, rows)) for s, start in found)
 
-    def _needs_host(self, state: RequestState, start: int) -> bool:
-        if state.resident is None:
+    def _needs_host(self, state: RequestState, on_device: bool) -> bool:
+        return state.resident is not None and (self.dosage is not None or state.needs_layers or not on_device)
+
+    def _runs_on_device(self, state: RequestState, start: int, rows: int) -> bool:
+        """Whether the device does all that the request's plan asks of a pass of so many rows."""
+        if self.device is None or state.resident is None or not state.on_device(start):
             return False
-        return self.dosage is not None or state.needs_layers or not state.on_device(start)
+        return not state.resident.plan.injections or rows <= self.device.injected_rows
 
     @contextmanager
     def capturing(self, sites: Collection[Site]) -> Iterator[None]:
@@ -198,6 +202,7 @@ class Runtime:
         key: list[Run] = []
         on_device: list[Run] = []
         opened: list[Opened] = []
+        rows = max((entry.row + entry.n for entry in batch), default=0)
         for entry in batch:
             state = self.requests.get(entry.request_id)
             if state is None or state.resident is None or not entry.n:
@@ -208,7 +213,7 @@ class Runtime:
             except Exception as error:
                 fail([state], f"laying out its tokens failed: {error}")
                 continue
-            owner.on_device = state.on_device(entry.start)
+            owner.on_device = self._runs_on_device(state, entry.start, rows)
             runs = on_device if owner.on_device else key
             if entry.n == 1 and owner.chosen:
                 runs.append(Run(state.resident, owner.chosen, entry.row, entry.row + 1))
@@ -217,7 +222,7 @@ class Runtime:
             if owner.on_device and state.resident.decides_once:
                 opened += self._opened(owner)
         if replayed:
-            need_host = [o.state for o in self._owners if self._needs_host(o.state, o.start)]
+            need_host = [o.state for o in self._owners if self._needs_host(o.state, o.on_device)]
             fail(need_host, "a pass that needs the host has been given a graph")
         if self.device is not None:
             key = ([] if replayed else key) + self._lay_out_on(self.device, on_device, opened, replayed)
@@ -378,7 +383,7 @@ class Runtime:
         if self._device_layout is None:
             self._device_layout = self._lay_out(self._on_device)
         work = self._device_layout.get(place)
-        if work is None:  # a gate is read here
+        if work is None or not work.groups:  # something is read here
             device.edit(place, x, residual)
             return
         reduce = self.reduce if place in self.shards else None

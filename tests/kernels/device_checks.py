@@ -2,20 +2,20 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from steersman.kernels.program import Program, Reading
+from steersman.kernels.program import Code, Inject, Program, Reading, Source
 from steersman.kernels.reference import edit as reference
-from steersman.kernels.reference import is_open
+from steersman.kernels.reference import inject, is_open
 from steersman.kernels.reference import read as read_row
-from steersman.kernels.tables import NONE, Tables
+from steersman.kernels.tables import NONE, Buffers, Tables
 from steersman.steering import lower
-from tests.kernels.programs import CONSTANT, draw, gates_of, vector
+from tests.kernels.programs import COLUMNAR, CONSTANT, draw, gates_of, vector
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of a rounding, relative
@@ -185,7 +185,7 @@ def check_gates(edit: Edit, device: str, d: int, dtype: torch.dtype, seed: int, 
     n, floats = len(programs), 40 * (d + 4)
     tables = Tables(PLACES, torch.device(device), entries=n, words=20000, floats=n * floats)
     entries = [
-        tables.add({PLACE: p} if p else {}, {PLACE: some} if some else {}) if p or some else NONE
+        tables.add({PLACE: Code(p.blocks if p else (), some)}) if p or some else NONE
         for p, some in zip(programs, read, strict=True)
     ]
     stream = batch.x.cpu().double() + (0 if batch.residual is None else batch.residual.cpu().double())
@@ -220,7 +220,7 @@ def check_gates_hold_at_later_places(edit: Edit, device: str) -> None:
     d, axis = 40, torch.eye(40)[3]
     step = Program((lower.add(0, torch.ones(d), 1.0, False, gate=1),), d)
     tables = Tables(2, torch.device(device), entries=2, words=200, floats=400)
-    entry = tables.add({1: step}, {0: {1: Reading(axis, above=0.5)}})
+    entry = tables.add({0: Code(gates={1: Reading(axis, above=0.5)}), 1: step})
     x = torch.zeros(4, d, device=device)
     x[:, 3] = torch.tensor([1.0, 0.25, float("nan"), 2.0])
     entries = torch.tensor([entry, entry, entry, NONE], dtype=torch.int32, device=device)
@@ -231,6 +231,132 @@ def check_gates_hold_at_later_places(edit: Edit, device: str) -> None:
     edit(x, None, entries, tables, 1, gates)
     assert torch.equal(x[0], before[0] + 1)
     assert torch.equal(bits(x[1:]), bits(before[1:]))
+
+
+@dataclass
+class Injecting:
+    """Rows of which some carry from places to later ones, and the activations that come to each place."""
+
+    device: str
+    codes: dict[int, Code]
+    others: Program  # of some other rows
+    tables: Tables
+    entries: Tensor
+    gates: Tensor  # [rows, gates] before the first place
+    x: Tensor  # [places, rows, d]
+    residual: Tensor | None
+
+    @classmethod
+    def make(cls, device: str, d: int, dtype: torch.dtype, seed: int, carry_rows: int = 99) -> "Injecting":
+        g, rng, n = torch.Generator().manual_seed(seed), random.Random(seed), 7
+        one, two, three = (draw(d, seed + i, ("ablate", "add_relative"), 1).blocks for i in range(3))
+        codes = {
+            0: Code(sources=(Source(0, 0.75, True), Source(2, -1.5, True))),
+            1: Code((*one, Inject(0), *two, Inject(2, gate=1)), sources=(Source(0, rng.gauss(0, 1), False),)),
+            2: Code((Inject(0, gate=0), *three), {2: Reading(vector(g, d), above=1e9)}),
+            3: Code((Inject(0), *draw(d, seed + 4, COLUMNAR, 1).blocks, Inject(2, gate=2))),
+        }
+        carry = torch.full((min(carry_rows, n), 3, -(-d // 8) * 8), float("nan"), device=device)
+        gates = gates_of(n, seed).to(device)
+        tables = Tables(
+            4,
+            torch.device(device),
+            entries=3,
+            words=4000 + 16 * d,
+            floats=60 * (d + 4),
+            buffers=Buffers(gates.clone(), carry),
+        )
+        others = draw(d, seed + 9, ("ablate", "clamp"), 2)
+        mine, other = tables.add(codes), tables.add(dict.fromkeys(range(4), others))
+        entries = [mine, other, mine, NONE, *(rng.choice([mine, other, NONE]) for _ in range(n - 4))]
+        rng.shuffle(entries)
+        x, residual = vector(g, 4, n, d).to(dtype).to(device), vector(g, n, d).to(dtype).to(device)
+        named = torch.tensor(entries, dtype=torch.int32, device=device)
+        return cls(device, codes, others, tables, named, gates, x, residual if seed % 2 else None)
+
+    def run(self, edit: Edit, sized: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """What becomes of ``x``, and the sizes of the blocks' changes by place."""
+        out, sizes = self.x.clone(), []
+        assert self.tables.buffers is not None
+        self.tables.buffers.gates[: len(self.gates)] = self.gates
+        for place in range(4):
+            norms = torch.full((self.x.shape[1], self.tables.blocks), POISON, device=self.device)
+            given = (norms, torch.empty(self.x.shape[1], device=self.device)) if sized else ()
+            edit(out[place], self.residual, self.entries, self.tables, place, None, *given)
+            sizes.append(norms)
+        return out, sizes
+
+    def wanted(self, row: int) -> tuple[Tensor, list[Tensor]]:
+        """[places, d] the row in float64, and the sizes."""
+        gates = self.gates[row : row + 1].cpu().double()
+        carry = torch.zeros(3, 1, self.x.shape[2], dtype=torch.float64)
+        out, sizes = [], []
+        for place, code in self.codes.items():
+            own = self.x[place, row : row + 1].cpu().double()
+            stream = own if self.residual is None else own + self.residual[row : row + 1].cpu().double()
+            for gate, one in code.gates.items():
+                gates[0, gate] = float(is_open(stream, one))
+            now, moved = stream.clone(), torch.zeros(1, len(code.blocks), dtype=torch.float64)
+            for i, block in enumerate(code.blocks):
+                if isinstance(block, Inject):
+                    change = inject(now, carry[block.slot]) * (1 if block.gate < 0 else gates[0, block.gate])
+                    moved[0, i] = change.norm()
+                else:
+                    change = reference(now, Program((block,), own.shape[1]), gates, moved[:, i : i + 1])
+                now = now + change
+            for source in code.sources:
+                carry[source.slot] += source.weight * stream
+            out.append((own + now - stream)[0])
+            sizes.append(moved[0])
+        return torch.stack(out), sizes
+
+
+def check_injection(edit: Edit, device: str, d: int, dtype: torch.dtype, seed: int, steps: float = 0.5) -> None:
+    """Against the formula in float64; neighbours' bits are those of a batch without it."""
+    batch = Injecting.make(device, d, dtype, seed)
+    out, _ = batch.run(edit)
+    again, sizes = batch.run(edit, sized=True)
+    assert torch.equal(bits(again), bits(out)), "neither measuring nor what was carried before changes anything"
+    mine = (batch.entries == batch.entries.new_tensor([0])).cpu()
+    for row in range(len(mine)):
+        if batch.entries[row] == NONE:
+            assert torch.equal(bits(out[:, row]), bits(batch.x[:, row]))
+        elif mine[row]:
+            want, moved = batch.wanted(row)
+            length = 3 * (want.norm() + batch.x[:, row].cpu().double().norm() + sum(m.sum() for m in moved))
+            rounding = 2.02 * steps * HALF_STEP[dtype] * want.abs() + SMALLEST[dtype]
+            assert ((out[:, row].cpu().double() - want).abs() <= rounding + SUMS * length).all()
+            for got, size in zip(sizes, moved, strict=True):
+                assert ((got[row, : len(size)].cpu() - size).abs() <= 1e-4 * size + SUMS * length).all()
+                assert (got[row, len(size) :] == POISON).all()
+    assert batch.tables.buffers is not None
+    kept, carry = batch.entries.clone(), batch.tables.buffers.carry
+    assert carry[mine].isfinite().any()
+    assert carry[~mine].isnan().all(), "nothing is carried for other rows"
+    batch.entries[mine.to(device)] = NONE
+    without, _ = batch.run(edit)
+    assert torch.equal(bits(without[:, ~mine]), bits(out[:, ~mine]))
+    for row in mine.nonzero()[:, 0].tolist():  # alone, the row computes the same
+        alone = replace(
+            batch, entries=kept[row : row + 1].clone(), gates=batch.gates[row : row + 1],
+            x=batch.x[:, row : row + 1].clone(),
+            residual=None if batch.residual is None else batch.residual[row : row + 1].clone(),
+        )  # fmt: skip
+        assert torch.equal(bits(alone.run(edit)[0][:, 0]), bits(out[:, row]))
+
+
+def check_injection_of_nothing(edit: Edit, device: str, dtype: torch.dtype) -> None:
+    """Where nothing is carried, and in a row that there is no room to carry for, no bit changes."""
+    d = 37
+    batch = Injecting.make(device, d, dtype, 1, carry_rows=3)
+    codes = {0: Code(sources=(Source(0, 0.0, True),)), 1: Code((Inject(0),)), 2: Code(sources=(Source(0, 2.0, False),))}
+    entry = batch.tables.add({**codes, 3: Code((Inject(0),))})
+    batch.entries.fill_(entry)
+    out, sizes = batch.run(edit, sized=True)
+    assert torch.equal(bits(out[:3]), bits(batch.x[:3]))
+    assert (sizes[1][:, 0] == 0).all()
+    changed = (bits(out[3]) != bits(batch.x[3])).any(1)
+    assert changed.tolist() == [True] * 3 + [False] * 4
 
 
 def check_bad_calls(edit: Edit, edit_and_norm: Edit, device: str) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from tests.kernels.device_checks import (
     check_bad_calls,
     check_gates,
     check_gates_hold_at_later_places,
+    check_injection,
+    check_injection_of_nothing,
     deal,
     fill,
 )
@@ -217,7 +219,7 @@ def test_norm_rounds_the_quotient_before_the_weight(device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gates_are_read(dtype: torch.dtype, device: str) -> None:
     decided = set[bool]()
-    for d in (33, 576, 5000):
+    for d in (33, 576, 2100):
         for seed in range(2):
             decided |= check_gates(edit, device, d, dtype, 7 * d + seed, gap=6 * seed)
     assert decided == {False, True}
@@ -225,6 +227,21 @@ def test_gates_are_read(dtype: torch.dtype, device: str) -> None:
 
 def test_gates_hold_at_later_places(device: str) -> None:
     check_gates_hold_at_later_places(edit, device)
+
+
+# Injections
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_injections(dtype: torch.dtype, device: str) -> None:
+    for d in (33, 576, 2100):
+        for seed in range(2):
+            check_injection(edit, device, d, dtype, 5 * d + seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_injection_of_nothing(dtype: torch.dtype, device: str) -> None:
+    check_injection_of_nothing(edit, device, dtype)
 
 
 # Bits

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steersman.kernels import tables
-from steersman.kernels.program import Block, Program, Reading, Rows
+from steersman.kernels.program import Block, Code, Program, Reading, Rows
 from steersman.kernels.tables import (
     BLOCK_WORDS,
     COSINE,
@@ -190,7 +190,7 @@ def test_gates_lie_before_the_blocks_and_share_directions() -> None:
     v = vector(torch.Generator().manual_seed(0), 33)
     t, step = make(), Program((lower.add(0, v, 1.0, False, gate=1),), 33)
     read = {4: Reading(v, cosine=True, above=0.25), 2: Reading(v, bias=0.5, threshold=0.75, below=2.0)}
-    entry = t.add({0: step}, {0: read, 2: {0: Reading(v)}})
+    entry = t.add({0: Code(step.blocks, read), 2: Code(gates={0: Reading(v)})})
     assert (t.used_floats, t.gates, t.blocks) == (36, 5, 1)
     code, at = t.code.numpy(), int(t.starts[entry, 0])
     assert code[at] == 3

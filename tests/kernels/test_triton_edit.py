@@ -32,6 +32,8 @@ from tests.kernels.device_checks import (
     check_bad_calls,
     check_gates,
     check_gates_hold_at_later_places,
+    check_injection,
+    check_injection_of_nothing,
     deal,
     fill,
 )
@@ -190,15 +192,30 @@ def test_norm_that_follows(dtype: torch.dtype, kind: str, device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gates_are_read(dtype: torch.dtype, device: str) -> None:
     decided = set[bool]()
-    for d in (33, 70):
-        for seed in range(2):
-            decided |= check_gates(edit, device, d, dtype, 7 * d + seed, gap=6 * seed)
+    for seed, d in enumerate((33, 70)):
+        decided |= check_gates(edit, device, d, dtype, 7 * d + seed, gap=6 * seed)
     assert decided == {False, True}
 
 
 @on_device
 def test_gates_hold_at_later_places(device: str) -> None:
     check_gates_hold_at_later_places(edit, device)
+
+
+# Injections
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_injections(dtype: torch.dtype, device: str) -> None:
+    for d in (33, 70):
+        check_injection(edit, device, d, dtype, 5 * d, steps(dtype))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_injection_of_nothing(dtype: torch.dtype, device: str) -> None:
+    check_injection_of_nothing(edit, device, dtype)
 
 
 # Bits
@@ -367,7 +384,7 @@ def test_compiles_for_gpus(norm: bool, width: int, arch: int) -> None:
     lanes, warps = shape(width)
     constants = {"WIDTH": width, "BLOCK": lanes, "NORM": norm, "GEMMA": False}
     types = dict.fromkeys(("x", "residual", "weight"), "*bf16")
-    types |= dict.fromkeys(("gates", "norms", "squares", "vectors"), "*fp32")
+    types |= dict.fromkeys(("gates", "norms", "squares", "vectors", "carry"), "*fp32")
     types |= (
         dict.fromkeys(("entries", "starts", "code"), "*i32") | {"eps": "fp32"} | dict.fromkeys(constants, "constexpr")
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from steersman.server.engine import runtime as module
-from steersman.server.engine.device import DevicePlans
+from steersman.server.engine.device import SLOTS, DevicePlans
 from steersman.server.engine.monitor import Monitor
 from steersman.server.engine.owners import Scheduled
 from steersman.server.engine.resident import Resident, Shard
@@ -19,18 +19,17 @@ from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import Site
 from tests.kernels import table_reader
 from tests.server.engine.plans import KINDS, add, plan
-from tests.server.engine.toy import POST, PRE, Piece, Toy, alone, report
-from tests.steering.library import LAYERS, WIDTHS, inline, noise, plan_of
+from tests.server.engine.toy import BRANCHES, POST, PRE, Piece, Toy, alone, report
+from tests.steering.library import LAYERS, WIDTHS, D, inline, noise, plan_of
 
-PLACES = [Place(layer, site) for layer in range(LAYERS) for site in (PRE, POST)]
+PLACES = [Place(layer, site) for layer in range(LAYERS) for site in (PRE, *BRANCHES, POST)]
 PROMPT = [3, 5, 9, 4, 1, 12, 2, 20]
 IDS = [*PROMPT, 6, 5, 9, 1, 2, 30, 3, 11]
 P = len(PROMPT)
+CARRY = 120 * 4 * SLOTS * D  # bytes, of 120 rows
 ON_HOST = {
     "hold",
     "late-hold",
-    "inject",
-    "inject-among-others",
 }
 
 
@@ -38,8 +37,11 @@ def on_device(plans: int = 64, nbytes: int = 2**20, **kwargs: Any) -> Runtime:
     runtime = Runtime(**kwargs)
     cpu = torch.device("cpu")
     runtime.use_device(
-        DevicePlans(table_reader.edit, PLACES, runtime.shards, cpu, rows=128, plans=plans, nbytes=nbytes)
-    )
+        DevicePlans(
+            table_reader.edit, PLACES, runtime.shards, cpu, rows=128, plans=plans, nbytes=nbytes,
+            d_model=D, carry_nbytes=CARRY,
+        )
+    )  # fmt: skip
     return runtime
 
 
@@ -113,7 +115,7 @@ def test_where_graphs_are_replayed_results_and_reports_are_the_hosts() -> None:
     out: dict[str, list[torch.Tensor]] = {name: [] for name in KINDS}
     for a, b in pairwise(cuts):
         for needs_host in (False, True):
-            names = [name for name in KINDS if runtime.needs_host({name: a}) is needs_host]
+            names = [name for name in KINDS if runtime.needs_host({name: a}, 100) is needs_host]
             if names:
                 for name, x in toy.run(*(Piece(name, a, IDS[a:b]) for name in names)).items():
                     out[name].append(x)
@@ -200,7 +202,8 @@ def test_while_a_graph_is_captured_every_place_of_its_sites_is_launched() -> Non
     launched: list[Place] = []
     device_of(runtime).edit = lambda place, x, residual: launched.append(place)  # type: ignore[method-assign]
     x = torch.zeros(4, 8)
-    for sites, want in ((set(), []), ({POST}, PLACES[1::2]), ({PRE, POST}, PLACES)):
+    posts = [place for place in PLACES if place.site is POST]
+    for sites, want in ((set(), []), ({POST}, posts), ({PRE, POST, *BRANCHES}, PLACES)):
         launched.clear()
         with runtime.capturing(sites):
             for place in PLACES:
@@ -218,7 +221,7 @@ def test_an_error_while_a_graph_is_captured_is_not_swallowed() -> None:
 
     device_of(runtime).edit = broken  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="no such kernel"), runtime.capturing({POST}):
-        runtime.apply(PLACES[1], torch.zeros(4, 8))
+        runtime.apply(Place(0, POST), torch.zeros(4, 8))
 
 
 def test_only_plans_that_need_no_host_can_be_replayed() -> None:
@@ -226,14 +229,14 @@ def test_only_plans_that_need_no_host_can_be_replayed() -> None:
     toy = Toy(runtime)
     for name in ("add", "hold", "token-gate", "last-prompt"):
         toy.add(name, plan(name), PROMPT)
-    assert not runtime.needs_host({"add": 0, "token-gate": 3, "unknown": 0})
-    assert runtime.needs_host({"add": 0, "hold": 3})
-    assert runtime.needs_host({"last-prompt": P - 1}), "its prompt decides"
-    assert not runtime.needs_host({"last-prompt": P})
-    assert Runtime().needs_host({}) is False
+    assert not runtime.needs_host({"add": 0, "token-gate": 3, "unknown": 0}, 9)
+    assert runtime.needs_host({"add": 0, "hold": 3}, 9)
+    assert runtime.needs_host({"last-prompt": P - 1}, 9), "its prompt decides"
+    assert not runtime.needs_host({"last-prompt": P}, 9)
+    assert Runtime().needs_host({}, 0) is False
     runtime.monitor = Monitor(LAYERS, every=3)
     for due in (False, False, True):
-        assert runtime.needs_host({"add": 0}) is due
+        assert runtime.needs_host({"add": 0}, 1) is due
         toy.run(Piece("add", 0, PROMPT[:1]))
 
 
@@ -360,7 +363,7 @@ def test_graphs_can_be_captured_after_a_pass_that_was_measured() -> None:
     toy.add("r", plan_of(add(0, 1)), PROMPT)
     toy.run(Piece("r", 0, PROMPT))
     with runtime.capturing({POST}):
-        runtime.apply(PLACES[1], torch.zeros(4, 8))
+        runtime.apply(Place(0, POST), torch.zeros(4, 8))
 
 
 def test_a_pass_that_needs_the_host_and_replays_a_graph_fails_its_requests() -> None:

@@ -69,7 +69,7 @@ class Toy:
         positions = [p.start + i for p in pieces for i in range(len(p.ids))]
         stream = (TABLE[ids] + POSITIONS[positions]).to(self.dtype)
         starts = {piece.request_id: piece.start for piece in pieces}
-        replayed = self.replays and not self.runtime.needs_host(starts)
+        replayed = self.replays and not self.runtime.needs_host(starts, len(ids))
         self.runtime.begin(batch, token_ids, replayed)
         self._level = frozenset()
         if replayed and self.runtime.device is not None:
