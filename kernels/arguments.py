@@ -45,6 +45,9 @@ def check(
         carry.dtype != torch.float32 or carry.dim() != 3 or carry.shape[2] % PADDING or not carry.is_contiguous()
     ):
         raise ValueError(f"carry is {carry.dtype} {tuple(carry.shape)}; must be float32 [rows, slots, 8 n]")
+    values = None if tables.buffers is None else tables.buffers.values
+    if values is not None and (values.dtype != torch.float32 or values.dim() != 2 or not values.is_contiguous()):
+        raise ValueError(f"values is {values.dtype} {tuple(values.shape)}; must be float32 [rows, columns]")
     if gates is None and tables.gates:
         raise ValueError("a program in the tables has a gated block, so gates must be given")
     _floats("gates", gates, rows, tables.gates)
@@ -53,6 +56,7 @@ def check(
     for name, other in (
         ("residual", residual), ("weight", weight), ("entries", entries), ("the tables", tables.starts),
         ("gates", gates), ("norms", norms), ("squares", squares), ("carry", carry),
+        ("values", values),
     ):  # fmt: skip
         if other is not None and other.device != x.device:
             raise ValueError(f"{name} on {other.device}, x on {x.device}")

@@ -158,6 +158,7 @@ class Code:
     blocks: tuple[Block | Inject, ...] = ()
     gates: Mapping[int, Reading] = field(default_factory=dict)  # of the plan's gates those that are read here
     sources: tuple[Source, ...] = ()
+    probes: Mapping[int, Reading] = field(default_factory=dict)  # by column, what is read after all edits there
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ interventions give them. A kernel is told which entry each row has and looks up 
     code     int32 [words]             programs; floats by their bits
     vectors  float32 [floats]          directions, each once, whoever uses it; rows of a multiple of 4 floats
 
-A program is one word, its number of blocks, followed by its blocks in order. A block is four words (flags, the
+A program is one word, its number of blocks, followed by its blocks in order, then one word, its number of probes, and
+a row for each. A block is four words (flags, the
 number of its rows r, its gate or -1, its index in the program) and r rows of eight: read, write, bias, threshold,
 gain, offset, low, high. ``read`` and ``write`` are a column where the flag ``READ_COLUMNS`` or ``WRITE_COLUMNS``
 is set, else an offset into ``vectors`` in units of 4 floats; ``read`` is -1 without the flag ``READS``. Rows that
@@ -24,6 +25,8 @@ is -1, but for injections, which edit.
 * ``INJECTS``: an :class:`~steersman.kernels.program.Inject`; ``write`` is the slot.
 * ``CARRIES``: a :class:`~steersman.kernels.program.Source`, ``FIRST`` the first of its slot; ``write`` is the slot,
   ``bias`` the weight. Such blocks come last, and read what the DECIDES ones do.
+
+A probe's row is that of a ``DECIDES`` block without bounds; ``write`` is its column.
 
 What the words mean is :mod:`steersman.kernels.program`'s formula. All three arrays stay where they are, as a
 captured graph needs; writes to them are queued on the device's current stream.
@@ -118,11 +121,13 @@ _Writes = list[tuple[int, NDArray[Any]]]  # (where, what)
 class Buffers:
     """What kernels keep of each row of a batch from one place to later ones. They stay where they are.
 
-    A row past the last one of ``carry`` cannot inject: nothing changes where it should.
+    A row past the last one of ``carry`` cannot inject: nothing changes where it should. What probes read of one past
+    the last of ``values`` is not kept.
     """
 
     gates: Tensor  # [rows, columns] float32, 0 or 1
     carry: Tensor  # [rows, slots, width] float32, the width a multiple of 8
+    values: Tensor  # [rows, columns] float32, what probes read
 
 
 class Tables:
@@ -222,7 +227,16 @@ class Tables:
         for source in given.sources:
             flags = CARRIES | (FIRST if source.first else 0)
             blocks.append(_block_of_one(flags, NONE, NONE, [source.weight], write=self._slot(source.slot)))
-        return np.concatenate([np.array([len(blocks)], np.int32), *blocks])
+        probes = [self._probe(column, reading, entry, new) for column, reading in given.probes.items()]
+        counts = [np.array([n], np.int32) for n in (len(blocks), len(probes))]
+        return np.concatenate([counts[0], *blocks, counts[1], *probes])
+
+    def _probe(self, column: int, reading: Reading, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
+        if self.buffers is None or not 0 <= column < self.buffers.values.shape[1]:
+            raise ProgramTooLarge(f"there is no room for what is read in column {column}")
+        block = self._reading(NONE, reading, entry, new)[BLOCK_WORDS:]
+        block[1] = column
+        return block
 
     def _slot(self, slot: int) -> int:
         if self.buffers is None or not 0 <= slot < self.buffers.carry.shape[1]:

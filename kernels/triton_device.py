@@ -101,17 +101,23 @@ def _move_columns(stream, change, columns, rows, count, flags, scale):
 
 
 @triton.jit
-def _decide(stream, columns, inside, row, vectors, flags):
-    """1 or 0, whether a gate is open. A threshold or bound that is not there is NaN."""
+def _activated(value, row):
+    """A reading, of its dot or cosine. A threshold that is not there is NaN."""
     threshold = tl.load(row + 3).to(tl.float32, bitcast=True)
+    value += tl.load(row + 2).to(tl.float32, bitcast=True)
+    return tl.where((threshold != threshold) | (value > threshold), value, 0.0)
+
+
+@triton.jit
+def _decide(stream, columns, inside, row, vectors, flags):
+    """1 or 0, whether a gate is open. A bound that is not there is NaN."""
     above = tl.load(row + 6).to(tl.float32, bitcast=True)
     below = tl.load(row + 7).to(tl.float32, bitcast=True)
     value = tl.sum(stream * _direction(tl.load(row), 0, vectors, columns, inside), 0)
     if (flags & COSINE) != 0:
         length = _norm(stream)
         value = tl.div_rn(value, tl.where(length < 1e-30, 1e-30, length))
-    value += tl.load(row + 2).to(tl.float32, bitcast=True)
-    value = tl.where((threshold != threshold) | (value > threshold), value, 0.0)
+    value = _activated(value, row)
     ok = ((above != above) | (value > above)) & ((below != below) | (value < below))
     return ok.to(tl.float32)
 
@@ -139,7 +145,7 @@ def _carry(base, columns, inside, carried, row, flags):
 def _change(
     base, columns, inside, program, vectors, gates, gates_columns, norms, norms_columns, carry, carry_slots, carry_width
 ):
-    """[BLOCK] float32, what a program does to the row whose stream is ``base``.
+    """[BLOCK] float32, what a program does to the row whose stream is ``base``; and where its probes are.
 
     ``gates``, ``norms`` and ``carry``: the row's.
     """
@@ -191,10 +197,31 @@ def _change(
             square = tl.where(index == last, square, 0.0) + tl.sum(moved * moved, 0)
             tl.store(norms + index, tl.sqrt_rn(square), mask=(index >= 0) & (index < norms_columns))
             last = index
-    return change
+    return change, block
 
 
-@triton.jit(do_not_specialize=["place", "places", "gates_columns", "norms_columns", "carry_rows", "carry_slots"])
+@triton.jit
+def _probe(stream, columns, inside, probes, vectors, values, values_columns):
+    """What a program's probes read of the stream when all is done. ``values``: the row's."""
+    for j in range(tl.load(probes)):
+        row = probes + 1 + j * ROW_WORDS
+        value = tl.sum(stream * _direction(tl.load(row), 0, vectors, columns, inside), 0)
+        column = tl.load(row + 1)
+        tl.store(values + column, _activated(value, row), mask=column < values_columns)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "place",
+        "places",
+        "gates_columns",
+        "norms_columns",
+        "carry_rows",
+        "carry_slots",
+        "values_rows",
+        "values_columns",
+    ]
+)
 def edit(
     x,  # [T, WIDTH] any float
     residual,  # the same, or None
@@ -207,6 +234,7 @@ def edit(
     norms,  # [T, norms_columns] float32, or None
     squares,  # [T] float32, or None
     carry,  # [carry_rows, carry_slots, carry_width] float32, or None
+    values,  # [values_rows, values_columns] float32, or None
     place,
     places,
     x_stride,
@@ -218,6 +246,8 @@ def edit(
     carry_rows,
     carry_slots,
     carry_width,
+    values_rows,
+    values_columns,
     eps,
     NORM: tl.constexpr,  # whether the RMSNorm follows, for every row
     GEMMA: tl.constexpr,  # with a weight less by 1, and one rounding less
@@ -235,6 +265,7 @@ def edit(
         if residual is not None:
             stream += tl.load(residual + i * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
         change = tl.zeros_like(stream)
+        probes = code
         if start > 0:
             if squares is not None:
                 tl.store(squares + i, tl.sum(stream * stream, 0))
@@ -242,12 +273,13 @@ def edit(
             row_norms = None if norms is None else norms + i * norms_stride
             row_carry = None if carry is None else carry + i * carry_slots * carry_width
             slots = tl.where(i < carry_rows, carry_slots, 0)
-            change = _change(
+            change, probes = _change(
                 *(stream, columns, inside, code + start, vectors, row_gates, gates_columns, row_norms, norms_columns),
                 *(row_carry, slots, carry_width),
             )
         if NORM:
             stream += change
+            after = stream
             tl.store(residual + i * residual_stride + columns, stream.to(own.dtype), mask=inside)
             new = tl.div_rn(stream, tl.sqrt_rn(tl.div_rn(tl.sum(stream * stream, 0), WIDTH * 1.0) + eps))
             if weight is not None:
@@ -257,4 +289,10 @@ def edit(
         else:
             # What does not move keeps its bits: -0 and NaN are not the same after an addition of 0.
             new = tl.where(change != 0.0, (own.to(tl.float32) + change).to(own.dtype), own)
+            after = new.to(tl.float32)
+            if residual is not None:
+                after += tl.load(residual + i * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(x + i * x_stride + columns, new, mask=inside)
+        if values is not None:  # noqa: SIM102 - this one is decided when it is compiled
+            if (start > 0) & (i < values_rows):
+                _probe(after, columns, inside, probes, vectors, values + i * values_columns, values_columns)

@@ -42,6 +42,7 @@ class Settings:
     sites: str = _option("all", "sites to hook, comma-separated; fewer cost less in a compiled model")
     max_plans: int = _option(4096, "plans resident on a worker")
     plan_memory_mb: int = _option(1024, "memory for resident plans, MiB")
+    probe_memory_mb: int = _option(8, "memory on a GPU for what probes read in one step, MiB")
     carry_memory_mb: int = _option(64, "memory on a GPU for what injections carry between layers, MiB")
     max_body_mb: int = _option(64, "largest request body, MiB")
     monitor: str = _option("on", "statistics of every layer in /metrics: on or off")

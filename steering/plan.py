@@ -123,6 +123,11 @@ class ProbeRead:
     direction: Tensor  # [d] float32; unit, or a feature's encoder
     activation: Activation | None = None  # of a feature
 
+    @cached_property
+    def reading(self) -> Reading:
+        bias, threshold = (self.activation.bias, self.activation.threshold) if self.activation else (0.0, None)
+        return Reading(self.direction, bias=bias, threshold=threshold)
+
 
 @dataclass(frozen=True)
 class Injection:

@@ -46,12 +46,14 @@ struct Arguments {
     float* norms;        // [rows, norms_columns] or null
     float* squares;      // [rows] or null
     float* carry;        // [carry_rows, carry_slots, carry_width] or null; the width is a multiple of 8
+    float* values;       // [values_rows, values_columns] or null
     long long x_stride, residual_stride, gates_stride, norms_stride;
-    int rows, width, place, places, gates_columns, norms_columns, carry_rows, carry_slots, carry_width;
+    int rows, width, place, places, gates_columns, norms_columns, carry_rows, carry_slots, carry_width,
+        values_rows, values_columns;
     int gemma;  // multiply by 1 + weight, and round once
     float eps;
 };
-static_assert(sizeof(Arguments) == 168, "cuda_edit.py packs 164 bytes, and these 4 are padding");
+static_assert(sizeof(Arguments) == 184, "cuda_edit.py packs 180 bytes, and 4 are padding");
 
 struct Shared {
     float steps[MAX_ROWS];
@@ -75,11 +77,15 @@ DEVICE float mapped(const int* row, float t, int flags, float scale) {
     return flags & ONLY_IF_ACTIVE && !active ? 0.0f : (to - a) * scale;
 }
 
-// Whether a reading is within its bounds, 0 or 1. A threshold or bound that is not there is NaN.
+// A reading, of its dot or cosine. A threshold or bound that is not there is NaN.
+DEVICE float activated(const int* row, float value) {
+    const float threshold = __int_as_float(row[3]), p = value + __int_as_float(row[2]);
+    return threshold != threshold || p > threshold ? p : 0.0f;
+}
+
+// Whether it is within its bounds, 0 or 1.
 DEVICE float holds(const int* row, float value) {
-    const float threshold = __int_as_float(row[3]), above = __int_as_float(row[6]), below = __int_as_float(row[7]);
-    const float p = value + __int_as_float(row[2]);
-    const float a = threshold != threshold || p > threshold ? p : 0.0f;
+    const float above = __int_as_float(row[6]), below = __int_as_float(row[7]), a = activated(row, value);
     return (above != above || a > above) && (below != below || a < below) ? 1.0f : 0.0f;
 }
 
@@ -96,6 +102,7 @@ struct Row {
     float *gates, *norms;
     float4* carry;  // null: the row has none
     bool moved;  // `change` holds something
+    bool whole;  // `change` holds the stream, base and all
 
     DEVICE Row(const Arguments& a, Shared& s, float4* memory)
         : args(a), shared(s), change(memory), groups((a.width + GROUP - 1) / GROUP), thread(threadIdx.x),
@@ -108,7 +115,7 @@ struct Row {
         norms = args.norms ? args.norms + i * args.norms_stride : nullptr;
         const long long carried = (long long)args.carry_slots * args.carry_width;
         carry = args.carry && i < args.carry_rows ? (float4*)(args.carry + i * carried) : nullptr;
-        moved = false;
+        moved = whole = false;
     }
 
     DEVICE int left(int g) const { return args.width - g * GROUP; }
@@ -135,6 +142,7 @@ struct Row {
     }
 
     DEVICE void stream(int g, float (&s)[GROUP]) const {
+        if (whole) return changed(g, s);
         base(g, s);
         if (!moved) return;
         float c[GROUP];
@@ -414,8 +422,24 @@ struct Row {
         }
     }
 
-    // Fills `change`, norms and squares.
-    DEVICE void run(const int* code, int i) {
+    // What `rows` read of the stream when all is done.
+    DEVICE void probe(const int* rows, int count, int i) {
+        if (!args.values || i >= args.values_rows) return;
+        float* values = args.values + (long long)i * args.values_columns;
+        for (int first = 0; first < count; first += BATCH) {
+            const int n = min(BATCH, count - first);
+            float(*partial)[MAX_WARPS + 1] = shared.partial[turn ^= 1];
+            for (int c = 0; c < n; c += CHUNK)
+                dots(rows + (first + c) * ROW_WORDS, min(CHUNK, n - c), false, partial, c);
+            __syncthreads();
+            const int* row = rows + (first + thread) * ROW_WORDS;
+            if (thread < n && row[WRITE] < args.values_columns)
+                values[row[WRITE]] = activated(row, total(partial[thread]));
+        }
+    }
+
+    // Fills `change`, norms and squares; where the program's probes are.
+    DEVICE const int* run(const int* code, int i) {
         if (args.squares) {
             const float squared = square();
             if (thread == 0) args.squares[i] = squared;
@@ -444,6 +468,7 @@ struct Row {
             }
             if (norms && thread == 0 && index < args.norms_columns) norms[index] = (float)sqrt(size);
         }
+        return code;
     }
 
     // x = round(x + change), where anything was changed
@@ -506,11 +531,15 @@ DEVICE void edit_rows(const Arguments& args, Shared& shared, float4* memory) {
         const int start = entry < 0 ? 0 : args.starts[(long long)entry * args.places + args.place];
         if (!NORM && !start) continue;
         row.open(i);
-        if (start) row.run(args.code + start, i);
+        const int* probes = start ? row.run(args.code + start, i) : nullptr;
         if constexpr (NORM)
             row.finish_and_norm();
         else
             row.finish();
+        if (probes && *probes) {
+            row.moved = row.whole = NORM;  // the stream is what `change` holds then, else it is read again
+            row.probe(probes + 1, *probes, i);
+        }
     }
 }
 

@@ -7,10 +7,11 @@ copies are queued on the current stream, before the pass that needs them.
 Gates are columns of a buffer with a row for each row of the batch. One that each token decides is written by the
 launch at the place where it is read, and looked up by those at later places; what a prompt has decided is copied there
 with the entries. What rows carry from the sources of an injection to its targets is a buffer too, of as many rows as
-its memory has room for: a pass with more of them injects on the host.
+its memory has room for: a pass with more of them injects on the host. What probes read is a third buffer, with a column
+for each of a plan's reads; it and the gates are copied back after the pass (:mod:`steersman.server.engine.readback`).
 
-What needs the host between two layers stays with :mod:`steersman.server.engine.layout`: probes, token gates that hold,
-the passes in which a prompt decides a gate, and programs and gates whose dots or norms are partial sums over
+What needs the host between two layers stays with :mod:`steersman.server.engine.layout`: token gates that hold, the
+passes in which a prompt decides a gate, and programs, gates and probes whose dots or norms are partial sums over
 tensor-parallel ranks.
 """
 
@@ -39,6 +40,7 @@ FLOATS_PER_WORD = 4  # of directions, for one word of programs
 ENTRIES_PER_PLAN = 2  # sets of interventions that a plan's tokens combine, on average
 GATES = 16  # of one plan
 SLOTS = 4  # injections of one plan
+PROBES = 256  # reads of one plan's probes, one for each place
 CARRIED = (Site.ATTN_OUT, Site.MLP_OUT)  # as wide as the stream, and whole on every rank
 
 
@@ -86,10 +88,12 @@ class DevicePlans:
         nbytes: int,
         d_model: int = 1,
         carry_nbytes: int = 0,
+        probe_nbytes: int = 0,
     ) -> None:
         """``rows``: of the largest batch. ``nbytes``: what directions may take; programs take a quarter more.
 
-        carry_nbytes: what may be carried to injections, for as many rows as have room there.
+        carry_nbytes: what may be carried to injections, for as many rows as have room there. probe_nbytes: the same of
+        what probes read; on the host it takes as much for each of some passes.
         """
         self._kernel = kernel
         self._index = {place: i for i, place in enumerate(places)}
@@ -98,13 +102,18 @@ class DevicePlans:
         padded = -(-d_model // PADDING) * PADDING
         self.injected_rows = min(carry_nbytes // (4 * SLOTS * padded), rows)  # of a pass that injects here
         self.gates = torch.zeros(rows, GATES, device=device)
-        buffers = Buffers(self.gates, torch.zeros(self.injected_rows, SLOTS, padded, device=device))
+        self.probed_rows = min(probe_nbytes // (4 * PROBES), rows)  # of a pass that probes here
+        buffers = Buffers(
+            self.gates,
+            carry=torch.zeros(self.injected_rows, SLOTS, padded, device=device),
+            values=torch.zeros(self.probed_rows, PROBES, device=device),
+        )
         self.tables = Tables(
             len(places), device, entries=ENTRIES_PER_PLAN * plans, words=floats // FLOATS_PER_WORD, floats=floats,
             buffers=buffers,
         )  # fmt: skip
         self.entries = torch.full((rows,), NONE, dtype=torch.int32, device=device)
-        self.readback = Readback(self.gates)
+        self.told_gates, self.told_probes = Readback(self.gates), Readback(buffers.values)
         self.places: frozenset[Place] = frozenset()  # where some row of this pass is edited or a gate is read
         self.sites: frozenset[Site] = frozenset()  # and at which sites
         self._filled = 0  # rows of ``entries`` that may name one
@@ -122,7 +131,8 @@ class DevicePlans:
         sharded = {place.site for place in self._shards}
         plan = resident.plan
         return (
-            not plan.probes
+            (not plan.probes or (self.probed_rows > 0 and len(plan.probes) <= PROBES))
+            and all(probe.place.site not in sharded for probe in plan.probes)
             and (not plan.injections or (self.injected_rows > 0 and len(plan.injections) <= SLOTS))
             and all(injection.site in CARRIED for injection in plan.injections)
             and len(plan.gates) <= GATES
@@ -191,6 +201,16 @@ class DevicePlans:
     def at(self, sites: Collection[Site]) -> frozenset[Place]:
         return frozenset(place for place in self._index if place.site in sites)
 
+    def has_room(self, resident: Resident, rows: int) -> bool:
+        """Whether what the plan needs of each row has room in a pass of so many."""
+        plan = resident.plan
+        return (not plan.injections or rows <= self.injected_rows) and (not plan.probes or rows <= self.probed_rows)
+
+    def settle(self, wait: bool) -> None:
+        """Has noted what passes before have decided and read, see :class:`Readback`."""
+        self.told_gates.settle(wait)
+        self.told_probes.settle(wait)
+
     def drop(self, resident: Resident) -> None:
         """The plan is resident no more."""
         for key in [k for k in self._kept if k[0] is resident]:
@@ -230,7 +250,7 @@ class DevicePlans:
             blocks[place] = program.blocks
         for place, chain in resident.chains(mask).items():
             blocks[place] = tuple(Inject(b.index, b.gate) if isinstance(b, Injected) else b for b in chain.blocks)
-        gates = resident.token_gates(mask)
+        gates, probes = resident.token_gates(mask), resident.readings
         sources: dict[Place, list[Source]] = {}
         begun = set[int]()
         for place, injection, weight in resident.sources(mask):
@@ -238,8 +258,10 @@ class DevicePlans:
                 sources.setdefault(place, []).append(Source(injection, weight, injection not in begun))
                 begun.add(injection)
         return {
-            place: Code(blocks.get(place, ()), gates.get(place, {}), tuple(sources.get(place, ())))
-            for place in dict.fromkeys((*blocks, *gates, *sources))
+            place: Code(
+                blocks.get(place, ()), gates.get(place, {}), tuple(sources.get(place, ())), probes.get(place, {})
+            )
+            for place in dict.fromkeys((*blocks, *gates, *sources, *probes))
             if place in self._index
         }
 

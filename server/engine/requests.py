@@ -126,8 +126,9 @@ class RequestState:
 
     @property
     def needs_layers(self) -> bool:
-        """Whether rows are read between the layers for it, besides what its plan reads and edits."""
-        return self.capture is not None or (self.signals is not None and bool(self.signals.norms))
+        """Whether rows are read between the layers for it, or edits measured, besides what its plan reads and edits."""
+        sized = self.whole and bool(self.steps)
+        return sized or self.capture is not None or (self.signals is not None and bool(self.signals.norms))
 
     @property
     def decides_each(self) -> bool:

@@ -63,6 +63,14 @@ class Resident:
         return found
 
     @cached_property
+    def readings(self) -> dict[Place, dict[int, Reading]]:
+        """What probes read, by place and column: its index among the plan's reads."""
+        found: dict[Place, dict[int, Reading]] = {}
+        for column, probe in enumerate(self.plan.probes):
+            found.setdefault(probe.place, {})[column] = probe.reading
+        return found
+
+    @cached_property
     def probes(self) -> dict[Place, tuple[list[int], Tensor]]:
         """At each place that probes read: which of the plan's reads these are, and their directions [k, d]."""
         found: dict[Place, list[int]] = {}

@@ -138,6 +138,7 @@ class Runtime:
 
     def probe_rows(self, asked: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[str, dict[str, Any]]:
         """What the probes of some requests have read, finished or not: by key and id, of positions [from, to)."""
+        self._settle(wait=True)
         states = [s for s in self.requests.values() if s.key in asked]
         states += [s for key in asked for s in self.finished.get(key, ())]
         found: dict[str, dict[str, Any]] = {key: {} for key in asked}
@@ -172,7 +173,7 @@ class Runtime:
         """Whether the device does all that the request's plan asks of a pass of so many rows."""
         if self.device is None or state.resident is None or not state.on_device(start):
             return False
-        return not state.resident.plan.injections or rows <= self.device.injected_rows
+        return self.device.has_room(state.resident, rows)
 
     @contextmanager
     def capturing(self, sites: Collection[Site]) -> Iterator[None]:
@@ -215,10 +216,12 @@ class Runtime:
                 continue
             owner.on_device = self._runs_on_device(state, entry.start, rows)
             runs = on_device if owner.on_device else key
-            if entry.n == 1 and owner.chosen:
+            probed = owner.on_device and bool(state.resident.plan.probes)  # rows that nothing edits are read as well
+            if entry.n == 1 and (owner.chosen or probed):
                 runs.append(Run(state.resident, owner.chosen, entry.row, entry.row + 1))
-            elif owner.chosen:
-                runs += [Run(state.resident, mask, entry.row + a, entry.row + b) for mask, a, b in runs_of(owner.masks)]
+            elif owner.chosen or probed:
+                found = runs_of(owner.masks, unedited=probed)
+                runs += [Run(state.resident, mask, entry.row + a, entry.row + b) for mask, a, b in found]
             if owner.on_device and state.resident.decides_once:
                 opened += self._opened(owner)
         if replayed:
@@ -246,7 +249,7 @@ class Runtime:
         if self._streams.places:
             self.wanted = self._streams.places.union(self.wanted)
         self.live = bool(self.wanted)
-        self._probing = Probing(self._owners)
+        self._probing = Probing([o for o in self._owners if not o.on_device])
         self._steps += 1
         due = self._steps % MEASURE_EVERY == 0 or any(o.chosen & o.state.unmeasured for o in self._owners)
         every = self.dosage is not None or any(o.state.whole for o in self._owners)
@@ -254,25 +257,35 @@ class Runtime:
 
     def end(self) -> None:
         """The pass is over: what runs outside of one, such as a dummy batch, is not edited."""
+        sampled = self.monitor is not None and self.monitor.sampling
         try:
             self._note()
         except Exception as error:
             fail([o.state for o in self._owners], f"noting what was done failed: {error}")
-        later = [o for o in self._owners if o.on_device and o.state.decides_each]
-        self._settle(wait=any(o.state.gates and not o.on_device for o in self._owners))
+        self._settle(wait=any(not owner.on_device for owner in self._owners))
         for owner in self._owners:
             if self._measure:
                 owner.state.attempted(owner.chosen)
             if not (owner.on_device and owner.state.decides_each):
                 owner.state.note_edits(owner.start, owner.masks, owner.gates)
-        if later and self.device is not None:
-            self.device.readback.take(max(o.row + o.count for o in later), partial(self._note_gates, later))
+        if self.device is not None:
+            self._read_back(self.device, sampled)
         self._rest()
+
+    def _read_back(self, device: DevicePlans, sampled: bool) -> None:
+        """Has brought to the host what the pass has decided and read on the device."""
+        owners = [o for o in self._owners if o.on_device]
+        if gated := [o for o in owners if o.state.decides_each]:
+            device.told_gates.take(max(o.row + o.count for o in gated), partial(self._note_gates, gated))
+        if probed := [o for o in owners if o.state.resident is not None and o.state.resident.plan.probes]:
+            observe = self.monitor.probed if self.monitor is not None and sampled else None
+            note = partial(Probing(probed).note, has=device.has, observe=observe)
+            device.told_probes.take(max(o.row + o.count for o in probed), note)
 
     def _settle(self, wait: bool = False) -> None:
         """Notes what passes before have left on the device."""
         if self.device is not None:
-            self.device.readback.settle(wait)
+            self.device.settle(wait)
 
     def _note_gates(self, owners: Sequence[Owner], values: Tensor) -> None:
         """What token gates have let through: [rows, gates] as the device has decided in a pass."""

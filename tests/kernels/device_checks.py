@@ -264,7 +264,7 @@ class Injecting:
             entries=3,
             words=4000 + 16 * d,
             floats=60 * (d + 4),
-            buffers=Buffers(gates.clone(), carry),
+            buffers=Buffers(gates.clone(), carry, torch.zeros(0, 1, device=device)),
         )
         others = draw(d, seed + 9, ("ablate", "clamp"), 2)
         mine, other = tables.add(codes), tables.add(dict.fromkeys(range(4), others))
@@ -309,6 +309,46 @@ class Injecting:
             out.append((own + now - stream)[0])
             sizes.append(moved[0])
         return torch.stack(out), sizes
+
+
+def check_probes(edit: Edit, device: str, d: int, dtype: torch.dtype, seed: int) -> None:
+    """What is read after all edits of a place, as rounded; more reads than a kernel takes at once."""
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    programs = [draw(d, seed, n_blocks=2), None, draw(d, seed + 1, COLUMNAR), draw(d, seed + 2, CONSTANT), None, None]
+    batch = Batch.make(device, programs, d, dtype, gap=rng.choice([6, 16]), seed=seed, with_residual=bool(seed % 2))
+    before = batch.whole.clone()
+    edit(batch.x, batch.residual, batch.entries, batch.tables, PLACE, batch.gates)
+    edited = batch.whole.clone()
+    batch.whole.copy_(before)
+    counts = (3, 1, 0, 35, 70, 0)
+    probes = [{c: replace(reading(d, rng, g), cosine=False) for c in rng.sample(range(80), count)} for count in counts]
+    floats = (d + 4) * (sum(counts) + sum(2 * p.rows for p in programs if p))
+    values = torch.full((5, 75), POISON, device=device)
+    room = Buffers(batch.gates, torch.zeros(0, 1, 8, device=device), torch.zeros(5, 80, device=device))
+    tables = Tables(
+        PLACES, torch.device(device), entries=6, words=4000 + 16 * d, floats=2 * floats + 1000, buffers=room
+    )
+    entries = [
+        tables.add({PLACE: Code(p.blocks if p else (), probes=some)}) if p or some else NONE
+        for p, some in zip(programs, probes, strict=True)
+    ]
+    entries[5] = entries[4]  # a row past the last of the values
+    tables.buffers = replace(room, values=values)  # and columns past the last, as a captured graph may hold it
+    named = torch.tensor(entries, dtype=torch.int32, device=device)
+    for _ in range(2):
+        batch.whole.copy_(before)
+        edit(batch.x, batch.residual, named, tables, PLACE)
+        assert torch.equal(bits(batch.whole), bits(edited)), "a probe changes nothing"
+        stream = batch.x.cpu().double() + (0 if batch.residual is None else batch.residual.cpu().double())
+        for i, some in enumerate(probes[:5]):
+            for column in range(75):
+                if (one := some.get(column)) is None:
+                    assert values[i, column] == POISON
+                    continue
+                slack = SUMS * float(1 + stream[i].norm() * one.direction.norm())
+                plain = float(read_row(stream[i : i + 1], replace(one, threshold=None))[0])
+                if one.threshold is None or abs(plain - one.threshold) > slack:
+                    assert abs(float(values[i, column]) - float(read_row(stream[i : i + 1], one)[0])) <= slack
 
 
 def check_injection(edit: Edit, device: str, d: int, dtype: torch.dtype, seed: int, steps: float = 0.5) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from steersman.kernels import tables as layout
 from steersman.kernels.program import Block, Code, Inject, Program, Reading, Rows, Source
 from steersman.kernels.reference import edit as edit_rows
-from steersman.kernels.reference import inject, is_open
+from steersman.kernels.reference import inject, is_open, read
 from steersman.kernels.tables import Tables
 
 
@@ -55,7 +55,13 @@ def code_at(tables: Tables, entry: int, place: int, width: int) -> Code | None:
                     gate=gate,
                 )
             )
-    return Code(tuple(blocks), gates, tuple(sources))
+    rows = tables.code[at + 1 :][: int(tables.code[at]) * layout.ROW_WORDS].view(-1, layout.ROW_WORDS)
+    probes = {}
+    for row in rows:
+        bias, threshold, *_ = (None if s != s else s for s in row[2:].contiguous().view(torch.float32).tolist())
+        direction = _directions(tables, row[:1], False, width).to_dense()[0]
+        probes[int(row[1])] = Reading(direction, bias=bias or 0.0, threshold=threshold)
+    return Code(tuple(blocks), gates, tuple(sources), probes)
 
 
 def edit(
@@ -97,6 +103,10 @@ def edit(
             assert carry is not None
             before = 0 if source.first else carry[source.slot]
             carry[source.slot] = before + source.weight * stream[0]
+        after = x[row].float() if residual is None else x[row].float() + residual[row].float()
+        for column, reading in code.probes.items():
+            assert buffers is not None
+            buffers.values[row, column] = read(after[None], reading)[0]
 
 
 def _edit_row(

@@ -29,6 +29,7 @@ from tests.kernels.device_checks import (
     check_gates_hold_at_later_places,
     check_injection,
     check_injection_of_nothing,
+    check_probes,
     deal,
     fill,
 )
@@ -242,6 +243,15 @@ def test_injections(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_injection_of_nothing(dtype: torch.dtype, device: str) -> None:
     check_injection_of_nothing(edit, device, dtype)
+
+
+# Probes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_probes(dtype: torch.dtype, device: str) -> None:
+    for seed, d in enumerate((33, 576, 2100)):
+        check_probes(edit, device, d, dtype, 3 * d + seed)
 
 
 # Bits

@@ -34,6 +34,7 @@ from tests.kernels.device_checks import (
     check_gates_hold_at_later_places,
     check_injection,
     check_injection_of_nothing,
+    check_probes,
     deal,
     fill,
 )
@@ -218,6 +219,16 @@ def test_an_injection_of_nothing(dtype: torch.dtype, device: str) -> None:
     check_injection_of_nothing(edit, device, dtype)
 
 
+# Probes
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_probes(dtype: torch.dtype, device: str) -> None:
+    for seed, d in enumerate((70,)):
+        check_probes(edit, device, d, dtype, 3 * d + seed)
+
+
 # Bits
 
 
@@ -384,7 +395,7 @@ def test_compiles_for_gpus(norm: bool, width: int, arch: int) -> None:
     lanes, warps = shape(width)
     constants = {"WIDTH": width, "BLOCK": lanes, "NORM": norm, "GEMMA": False}
     types = dict.fromkeys(("x", "residual", "weight"), "*bf16")
-    types |= dict.fromkeys(("gates", "norms", "squares", "vectors", "carry"), "*fp32")
+    types |= dict.fromkeys(("gates", "norms", "squares", "vectors", "carry", "values"), "*fp32")
     types |= (
         dict.fromkeys(("entries", "starts", "code"), "*i32") | {"eps": "fp32"} | dict.fromkeys(constants, "constexpr")
     )

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from steersman.server.engine import device as device_module
 from steersman.server.engine import runtime as module
-from steersman.server.engine.device import SLOTS, DevicePlans
+from steersman.server.engine.device import PROBES, SLOTS, DevicePlans
 from steersman.server.engine.monitor import Monitor
 from steersman.server.engine.owners import Scheduled
 from steersman.server.engine.resident import Resident, Shard
@@ -39,7 +40,7 @@ def on_device(plans: int = 64, nbytes: int = 2**20, **kwargs: Any) -> Runtime:
     runtime.use_device(
         DevicePlans(
             table_reader.edit, PLACES, runtime.shards, cpu, rows=128, plans=plans, nbytes=nbytes,
-            d_model=D, carry_nbytes=CARRY,
+            d_model=D, carry_nbytes=CARRY, probe_nbytes=120 * 4 * PROBES,
         )
     )  # fmt: skip
     return runtime
@@ -130,6 +131,63 @@ def test_where_graphs_are_replayed_results_and_reports_are_the_hosts() -> None:
         mine, theirs = report(runtime, name), report(host, name)
         assert mine["error"] is None
         assert (mine["edited"], mine["gates"]) == (theirs["edited"], theirs["gates"]), name
+
+
+READS = [
+    {"vector": inline(noise(D, seed=40)), "layers": "all"},
+    {"vector": inline(noise(D, seed=41)), "layers": [1, 3], "site": "resid_pre"},
+]
+
+
+@pytest.mark.parametrize("kind", ["words", "token-gate", "inject", "last-prompt", "nothing"])
+def test_probes_are_read_where_graphs_are_replayed(kind: str) -> None:
+    """Of every row, also of those that nothing edits; reports are whole when they are asked for."""
+    told = []
+    for runtime, replays in ((on_device(), True), (Runtime(), False)):
+        toy = Toy(runtime, replays=replays)
+        toy.add("r", plan_of(*KINDS.get(kind, ()), probes=READS), PROMPT)
+        toy.add("beside", plan_of(add(1, 2), probes=READS[:1]), PROMPT)
+        for a, b in pairwise([0, 3, P, *range(P + 1, len(IDS) + 1)]):
+            toy.run(Piece("beside", a, IDS[a:b]), Piece("r", a, IDS[a:b]))
+            assert not replays or runtime.needs_host({"r": b}, 2) is (kind == "last-prompt" and b < P)
+        news = runtime.probe_rows({"r": {"r": [P, None]}})["r"]["r"]
+        told.append((news, report(runtime, "r"), report(runtime, "beside")))
+    (news, *mine), (wanted, *theirs) = told
+    assert (news["positions"], news["columns"]) == (wanted["positions"], wanted["columns"])
+    torch.testing.assert_close(torch.tensor(news["values"]), torch.tensor(wanted["values"]), atol=2e-5, rtol=1e-5)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a["error"] is None
+        assert a["edited"] == b["edited"]
+        assert [row[:3] for row in a["probes"]] == [row[:3] for row in b["probes"]]
+        for one, other in zip(a["probes"], b["probes"], strict=True):
+            assert one[3:] == pytest.approx(other[3:], rel=1e-4, abs=1e-4)
+
+
+def test_probes_of_a_sampled_pass_are_in_the_statistics() -> None:
+    counted = []
+    for runtime in (on_device(), Runtime()):
+        monitor = runtime.monitor = Monitor(LAYERS, every=2)
+        toy = Toy(runtime, replays=runtime.device is not None)
+        toy.add("r", plan_of(probes=READS), PROMPT)
+        monitor.enter("r", P)
+        toy.complete("r", IDS, P)
+        report(runtime, "r")
+        counted.append(monitor.drain("http", {})["probe_value"])
+    assert [row[:3] for row in counted[0]] == [row[:3] for row in counted[1]]
+    assert counted[0]
+
+
+def test_what_probes_read_needs_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = on_device()
+    toy = Toy(runtime)
+    toy.add("r", plan_of(probes=READS), PROMPT)
+    assert [runtime.needs_host({"r": 0}, rows) for rows in (120, 121)] == [False, True]
+    monkeypatch.setattr(device_module, "PROBES", LAYERS + 1)
+    toy.add("many", plan_of(add(0, 1), probes=READS), PROMPT)
+    assert runtime.needs_host({"many": 0}, 1)
+    toy.add("whole", plan_of(add(0, 1)), PROMPT)
+    runtime.requests["whole"].whole = True
+    assert runtime.needs_host({"whole": 0}, 1), "its report tells how large every edit was"
 
 
 def test_a_gate_lets_other_rows_be() -> None:
