@@ -8,6 +8,7 @@ from torch import Tensor
 from steersman.kernels.tables import Tables
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PADDING = 8  # a row of what is carried is a multiple of so many floats
 
 
 def check(
@@ -39,6 +40,14 @@ def check(
         raise IndexError(f"there is no place {place}, only 0 to {places - 1}")
     if entries.dtype != torch.int32 or entries.dim() != 1 or len(entries) < rows or not entries.is_contiguous():
         raise ValueError(f"entries is {entries.dtype} {tuple(entries.shape)}; must be int32, one for each of {rows}")
+    carry = None if tables.buffers is None else tables.buffers.carry
+    if carry is not None and (
+        carry.dtype != torch.float32 or carry.dim() != 3 or carry.shape[2] % PADDING or not carry.is_contiguous()
+    ):
+        raise ValueError(f"carry is {carry.dtype} {tuple(carry.shape)}; must be float32 [rows, slots, 8 n]")
+    values = None if tables.buffers is None else tables.buffers.values
+    if values is not None and (values.dtype != torch.float32 or values.dim() != 2 or not values.is_contiguous()):
+        raise ValueError(f"values is {values.dtype} {tuple(values.shape)}; must be float32 [rows, columns]")
     if gates is None and tables.gates:
         raise ValueError("a program in the tables has a gated block, so gates must be given")
     _floats("gates", gates, rows, tables.gates)
@@ -46,7 +55,8 @@ def check(
     _floats("squares", squares, rows, None)
     for name, other in (
         ("residual", residual), ("weight", weight), ("entries", entries), ("the tables", tables.starts),
-        ("gates", gates), ("norms", norms), ("squares", squares),
+        ("gates", gates), ("norms", norms), ("squares", squares), ("carry", carry),
+        ("values", values),
     ):  # fmt: skip
         if other is not None and other.device != x.device:
             raise ValueError(f"{name} on {other.device}, x on {x.device}")

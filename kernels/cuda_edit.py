@@ -29,7 +29,7 @@ GROUP = 8  # elements of a row that one thread owns side by side
 MAX_THREADS = 256
 ROWS_PER_PROCESSOR = 32  # blocks in a grid, so that one that has nothing to do makes room for the next
 WIDE = 16  # bytes that a thread can read at once, if they are aligned
-ARGUMENTS = struct.Struct("@10P4q7if")  # `Arguments` in edit.cu
+ARGUMENTS = struct.Struct("@12P4q12if")  # `Arguments` in edit.cu
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -64,7 +64,8 @@ def edit(
     x: [T, d] float32, bfloat16 or float16, each row contiguous, as wide as the programs at ``place``.
     residual: the same shape and dtype; the stream that programs read is x + residual.
     entries: [T or more] int32, entries of ``tables``; -1: the row stays as it is.
-    gates: [T or more, ``tables.gates`` or more] float32, 0 or 1; needed where a block has one.
+    gates: [T or more, ``tables.gates`` or more] float32, 0 or 1; needed where a block has one, or reads one. None:
+        those of the tables' buffers, where what is carried to injections and what probes read is kept as well.
     norms: [T or more, ``tables.blocks`` or more] float32; of rows with a program, column b is filled with ‖Δ‖ of its
         block b. Others are left as they are.
     squares: [T or more] float32; of rows with a program, filled with ‖stream‖² before the edit.
@@ -114,7 +115,11 @@ def _launch(
     norms: Tensor | None,
     squares: Tensor | None,
 ) -> None:
+    buffers = tables.buffers
+    if gates is None and buffers is not None:
+        gates = buffers.gates
     check(x, residual, weight, entries, tables, place, gates, norms, squares)
+    carry, values = (None, None) if buffers is None else (buffers.carry, buffers.values)
     rows, width = x.shape
     stride, residual_stride = x.stride(0), 0 if residual is None else residual.stride(0)
     on: Launcher = library(x.device)
@@ -125,7 +130,7 @@ def _launch(
     wide = wide and (residual is None or _is_wide(residual, residual_stride))
     wide = wide and (weight is None or _is_wide(weight, 0))
     pointers = (
-        x, residual, weight, entries, tables.starts, tables.code, tables.vectors, gates, norms, squares,
+        x, residual, weight, entries, tables.starts, tables.code, tables.vectors, gates, norms, squares, carry, values,
     )  # fmt: skip
     arguments = ARGUMENTS.pack(
         *(0 if tensor is None else tensor.data_ptr() for tensor in pointers),
@@ -133,6 +138,8 @@ def _launch(
         *(0 if gates is None else gates.stride(0), 0 if norms is None else norms.stride(0)),
         *(rows, width, place, tables.starts.shape[1]),
         *(0 if gates is None else gates.shape[1], 0 if norms is None else norms.shape[1]),
+        *((0, 0, 0) if carry is None else carry.shape),
+        *((0, 0) if values is None else values.shape),
         *(int(form), eps),
     )
     threads = min(MAX_THREADS, -(-width // (32 * GROUP)) * 32)

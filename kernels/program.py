@@ -24,7 +24,7 @@ norms: one read of x and one write, for any list of ops.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -113,6 +113,52 @@ class Block:
         """Touches single coordinates only, so it needs neither dots nor norms."""
         same = self.encode is None and (self.read is None or self.read.columns is not None)
         return same and self.write.columns is not None and not self.relative and not self.preserve_norm
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One number read of the stream: t = u·x, over ‖x‖ where it is a cosine; p = t + bias, 0 unless above a threshold.
+
+    Of a gate it is compared with bounds: open where above < p < below.
+    """
+
+    direction: Tensor  # u, [d] float32
+    cosine: bool = False
+    bias: float = 0.0
+    threshold: float | None = None  # None: p whatever it is
+    above: float | None = None
+    below: float | None = None
+
+
+@dataclass(frozen=True)
+class Inject:
+    """In place of a block: x ← x + g·(y·‖x‖/‖y‖ − x), y = x + what the row carries in ``slot``."""
+
+    slot: int
+    gate: int = -1
+
+    @property
+    def count(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a row's carry in ``slot`` takes of the stream as it comes to a place: weight·x, after all edits there."""
+
+    slot: int
+    weight: float
+    first: bool  # whether it is the first of its slot in a pass, so that nothing is carried before
+
+
+@dataclass(frozen=True)
+class Code:
+    """All that a row's entry does at one place."""
+
+    blocks: tuple[Block | Inject, ...] = ()
+    gates: Mapping[int, Reading] = field(default_factory=dict)  # of the plan's gates those that are read here
+    sources: tuple[Source, ...] = ()
+    probes: Mapping[int, Reading] = field(default_factory=dict)  # by column, what is read after all edits there
 
 
 @dataclass(frozen=True)

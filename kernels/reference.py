@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from steersman.kernels.program import Block, Program
+from steersman.kernels.program import Block, Program, Reading
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -38,6 +38,38 @@ def edit(
     alpha, c = (part.to(x) for part in _recur(x.double(), program, gates, norms, reduce or _alone))
     change = _combine(c, program.writes)
     return change + (alpha - 1)[:, None] * x if program.needs_norm else change
+
+
+def read(x: Tensor, reading: Reading) -> Tensor:
+    """[n] what ``reading`` is of each row of ``x`` [n, d]."""
+    value = (x * reading.direction.to(x)).sum(-1)
+    if reading.cosine:
+        value = value / (x * x).sum(-1).sqrt().clamp_min(1e-30)
+    value = value + reading.bias
+    return value if reading.threshold is None else torch.where(value > reading.threshold, value, 0)
+
+
+def is_open(x: Tensor, reading: Reading) -> Tensor:
+    """[n] bool, whether a gate that is this ``reading`` is open for each row of ``x`` [n, d]."""
+    return within(read(x, reading), reading.above, reading.below)
+
+
+def within(value: Tensor, above: float | None, below: float | None) -> Tensor:
+    """[n] bool, whether each of ``value`` [n] is between the bounds that are given."""
+    ok = torch.ones_like(value, dtype=torch.bool)
+    if above is not None:
+        ok &= value > above
+    if below is not None:
+        ok &= value < below
+    return ok
+
+
+def inject(x: Tensor, carried: Tensor) -> Tensor:
+    """[n, d] the change of ``x`` [n, d] to y = x + carried at the length of x: zero where nothing is carried."""
+    y = x + carried
+    before, after = (x * x).sum(-1).sqrt(), (y * y).sum(-1).sqrt()
+    ratio = torch.where(after > 0, before / after, 1)
+    return y * ratio[:, None] - x
 
 
 def scalar_map(t: Tensor, block: Block) -> Tensor:

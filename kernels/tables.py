@@ -7,13 +7,26 @@ interventions give them. A kernel is told which entry each row has and looks up 
     code     int32 [words]             programs; floats by their bits
     vectors  float32 [floats]          directions, each once, whoever uses it; rows of a multiple of 4 floats
 
-A program is one word, its number of blocks, followed by its blocks in order. A block is four words (flags, the
+A program is one word, its number of blocks, followed by its blocks in order, then one word, its number of probes, and
+a row for each. A block is four words (flags, the
 number of its rows r, its gate or -1, its index in the program) and r rows of eight: read, write, bias, threshold,
 gain, offset, low, high. ``read`` and ``write`` are a column where the flag ``READ_COLUMNS`` or ``WRITE_COLUMNS``
 is set, else an offset into ``vectors`` in units of 4 floats; ``read`` is -1 without the flag ``READS``. Rows that
 write columns are sorted by them, so that one thread can add up what goes to the same column; with the flag
 ``LOCAL`` none of them reads anything but the column that it writes. A block of more than ``MAX_ROWS`` such rows is
 laid out as several that have the same index: the square of its size is the sum of theirs.
+
+Some blocks are no edits with a read and a write vector; they have one row, of which they use some words. Their index
+is -1, but for injections, which edit.
+
+* ``DECIDES``: reads a gate (a :class:`~steersman.kernels.program.Reading`, of a cosine with ``COSINE``) from the stream
+  as it comes to the place, and writes 1 or 0 where blocks at later places look their gate up. ``low`` and ``high`` are
+  the bounds; NaN stands for a threshold or a bound that there is not. Such blocks come first.
+* ``INJECTS``: an :class:`~steersman.kernels.program.Inject`; ``write`` is the slot.
+* ``CARRIES``: a :class:`~steersman.kernels.program.Source`, ``FIRST`` the first of its slot; ``write`` is the slot,
+  ``bias`` the weight. Such blocks come last, and read what the DECIDES ones do.
+
+A probe's row is that of a ``DECIDES`` block without bounds; ``write`` is its column.
 
 What the words mean is :mod:`steersman.kernels.program`'s formula. All three arrays stay where they are, as a
 captured graph needs; writes to them are queued on the device's current stream.
@@ -22,8 +35,9 @@ captured graph needs; writes to them are queued on the device's current stream.
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,9 +46,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steersman.kernels.program import Block, Program, Rows
+from steersman.kernels.program import Block, Code, Inject, Program, Reading, Rows
 
 RELATIVE, ONLY_IF_ACTIVE, PRESERVE_NORM, READS, READ_COLUMNS, WRITE_COLUMNS, LOCAL = (1 << i for i in range(7))
+DECIDES, COSINE, INJECTS, CARRIES, FIRST = (1 << i for i in range(7, 12))
 PROGRAM_WORDS, BLOCK_WORDS, ROW_WORDS = 1, 4, 8
 UNIT = 4  # floats
 MAX_ROWS = 1024  # of a block: a kernel keeps one coefficient of each in fast memory
@@ -102,10 +117,33 @@ class _Entry:
 _Writes = list[tuple[int, NDArray[Any]]]  # (where, what)
 
 
+@dataclass(frozen=True)
+class Buffers:
+    """What kernels keep of each row of a batch from one place to later ones. They stay where they are.
+
+    A row past the last one of ``carry`` cannot inject: nothing changes where it should. What probes read of one past
+    the last of ``values`` is not kept.
+    """
+
+    gates: Tensor  # [rows, columns] float32, 0 or 1
+    carry: Tensor  # [rows, slots, width] float32, the width a multiple of 8
+    values: Tensor  # [rows, columns] float32, what probes read
+
+
 class Tables:
     """The three arrays on ``device``, and who uses what in them."""
 
-    def __init__(self, places: int, device: torch.device, *, entries: int, words: int, floats: int) -> None:
+    def __init__(
+        self,
+        places: int,
+        device: torch.device,
+        *,
+        entries: int,
+        words: int,
+        floats: int,
+        buffers: Buffers | None = None,
+    ) -> None:
+        self.buffers = buffers
         self.starts = torch.zeros(entries, places, dtype=torch.int32, device=device)
         self.code = torch.zeros(words, dtype=torch.int32, device=device)
         self.vectors = torch.zeros(floats // UNIT * UNIT, device=device)
@@ -128,7 +166,7 @@ class Tables:
     def used_floats(self) -> int:
         return (self._vectors.size - self._vectors.free) * UNIT
 
-    def add(self, programs: Mapping[int, Program]) -> int:
+    def add(self, programs: Mapping[int, Program | Code]) -> int:
         """A new entry, with a program at each of these places. Raises TablesFull or ProgramTooLarge and keeps none."""
         places = self.starts.shape[1]
         if wrong := [place for place in programs if not 0 <= place < places]:
@@ -139,11 +177,13 @@ class Tables:
         starts = np.zeros(places, np.int32)
         try:
             for place, program in programs.items():
-                words = self._encode(program, entry, vectors)
+                given = Code(program.blocks) if isinstance(program, Program) else program
+                words = self._encode(given, entry, vectors)
                 start = self._code.take(len(words))
                 entry.code.append((start, len(words)))
-                entry.gates = max(entry.gates, program.gates)
-                entry.blocks = max(entry.blocks, len(program.blocks))
+                gates = [*(block.gate for block in given.blocks), *given.gates]
+                entry.gates = max(entry.gates, 1 + max(gates, default=NONE))
+                entry.blocks = max(entry.blocks, len(given.blocks))
                 code.append((start, words))
                 starts[place] = start
         except BaseException:
@@ -177,9 +217,38 @@ class Tables:
                 self._vectors.give(vector.offset, vector.size)
                 del self._known[key]
 
-    def _encode(self, program: Program, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
-        parts = [(i, part) for i, block in enumerate(program.blocks) for part in _split(block)]
-        return np.concatenate([np.array([len(parts)], np.int32), *(self._block(b, i, entry, new) for i, b in parts)])
+    def _encode(self, given: Code, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
+        blocks = [self._reading(gate, reading, entry, new) for gate, reading in given.gates.items()]
+        for index, block in enumerate(given.blocks):
+            if isinstance(block, Inject):
+                blocks.append(_block_of_one(INJECTS, block.gate, index, write=self._slot(block.slot)))
+            else:
+                blocks += [self._block(part, index, entry, new) for part in _split(block)]
+        for source in given.sources:
+            flags = CARRIES | (FIRST if source.first else 0)
+            blocks.append(_block_of_one(flags, NONE, NONE, [source.weight], write=self._slot(source.slot)))
+        probes = [self._probe(column, reading, entry, new) for column, reading in given.probes.items()]
+        counts = [np.array([n], np.int32) for n in (len(blocks), len(probes))]
+        return np.concatenate([counts[0], *blocks, counts[1], *probes])
+
+    def _probe(self, column: int, reading: Reading, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
+        if self.buffers is None or not 0 <= column < self.buffers.values.shape[1]:
+            raise ProgramTooLarge(f"there is no room for what is read in column {column}")
+        block = self._reading(NONE, reading, entry, new)[BLOCK_WORDS:]
+        block[1] = column
+        return block
+
+    def _slot(self, slot: int) -> int:
+        if self.buffers is None or not 0 <= slot < self.buffers.carry.shape[1]:
+            raise ProgramTooLarge(f"there is no room for what is carried in slot {slot}")
+        return slot
+
+    def _reading(self, gate: int, reading: Reading, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
+        direction = self._vector(reading.direction.float().contiguous().numpy(), entry, new)
+        bounds = (reading.threshold, 0.0, 0.0, reading.above, reading.below)
+        numbers = [reading.bias, *(math.nan if b is None else b for b in bounds)]
+        flags = DECIDES | READS | (COSINE if reading.cosine else 0)
+        return _block_of_one(flags, gate, NONE, numbers, read=direction)
 
     def _block(self, block: Block, index: int, entry: _Entry, new: _Writes) -> NDArray[np.int32]:
         if block.count > MAX_ROWS:
@@ -219,6 +288,14 @@ class Tables:
         found.users += 1
         entry.vectors.append(key)
         return found.offset
+
+
+def _block_of_one(
+    flags: int, gate: int, index: int, numbers: Sequence[float] = (), *, read: int = NONE, write: int = NONE
+) -> NDArray[np.int32]:
+    scalars = np.zeros(ROW_WORDS - 2, np.float32)
+    scalars[: len(numbers)] = numbers
+    return np.array([flags, 1, gate, index, read, write, *scalars.view(np.int32)], np.int32)
 
 
 def supports(program: Program, sharded: bool = False) -> bool:

@@ -21,6 +21,11 @@ READS = tl.constexpr(tables.READS)
 READ_COLUMNS = tl.constexpr(tables.READ_COLUMNS)
 WRITE_COLUMNS = tl.constexpr(tables.WRITE_COLUMNS)
 LOCAL = tl.constexpr(tables.LOCAL)
+DECIDES = tl.constexpr(tables.DECIDES)
+COSINE = tl.constexpr(tables.COSINE)
+INJECTS = tl.constexpr(tables.INJECTS)
+CARRIES = tl.constexpr(tables.CARRIES)
+FIRST = tl.constexpr(tables.FIRST)
 PROGRAM_WORDS = tl.constexpr(tables.PROGRAM_WORDS)
 BLOCK_WORDS = tl.constexpr(tables.BLOCK_WORDS)
 ROW_WORDS = tl.constexpr(tables.ROW_WORDS)
@@ -100,8 +105,54 @@ def _move_columns(stream, change, columns, rows, count, flags, scale):
 
 
 @triton.jit
-def _change(base, columns, inside, program, vectors, gates, gates_columns, norms, norms_columns):
-    """[BLOCK] float32, what a program does to the row whose stream is ``base``. ``gates`` and ``norms``: the row's."""
+def _activated(value, row):
+    """A reading, of its dot or cosine. A threshold that is not there is NaN."""
+    threshold = tl.load(row + 3).to(tl.float32, bitcast=True)
+    value += tl.load(row + 2).to(tl.float32, bitcast=True)
+    return tl.where((threshold != threshold) | (value > threshold), value, 0.0)
+
+
+@triton.jit
+def _decide(stream, columns, inside, row, vectors, flags):
+    """1 or 0, whether a gate is open. A bound that is not there is NaN."""
+    above = tl.load(row + 6).to(tl.float32, bitcast=True)
+    below = tl.load(row + 7).to(tl.float32, bitcast=True)
+    value = tl.sum(stream * _direction(tl.load(row), 0, vectors, columns, inside), 0)
+    if (flags & COSINE) != 0:
+        length = _norm(stream)
+        value = tl.div_rn(value, tl.where(length < 1e-30, 1e-30, length))
+    value = _activated(value, row)
+    ok = ((above != above) | (value > above)) & ((below != below) | (value < below))
+    return ok.to(tl.float32)
+
+
+@triton.jit
+def _inject(stream, change, columns, inside, carried, scale):
+    """``change`` with an injection of what lies at ``carried``."""
+    y = stream + tl.load(carried + columns, mask=inside, other=0.0)
+    before = _norm(stream)
+    after = _norm(y)
+    ratio = tl.where(after > 0.0, tl.div_rn(before, after), 1.0)
+    return change + scale * (y * ratio - stream)
+
+
+@triton.jit
+def _carry(base, columns, inside, carried, row, flags):
+    """Adds to what lies at ``carried``, or begins it."""
+    weight = tl.load(row + 2).to(tl.float32, bitcast=True)
+    before = tl.load(carried + columns, mask=inside, other=0.0)
+    before = tl.where((flags & FIRST) != 0, 0.0, before)
+    tl.store(carried + columns, before + weight * base, mask=inside)
+
+
+@triton.jit
+def _change(
+    base, columns, inside, program, vectors, gates, gates_columns, norms, norms_columns, carry, carry_slots, carry_width
+):
+    """[BLOCK] float32, what a program does to the row whose stream is ``base``; and where its probes are.
+
+    ``gates``, ``norms`` and ``carry``: the row's.
+    """
     change = tl.zeros_like(base)
     block = program + PROGRAM_WORDS
     last = tl.full([], -1, tl.int32)  # index of the block before
@@ -115,7 +166,11 @@ def _change(base, columns, inside, program, vectors, gates, gates_columns, norms
         block = rows + count * ROW_WORDS
         scale = tl.where(gate < 0, 1.0, 0.0)
         if gates is not None:
-            scale = tl.load(gates + gate, mask=(gate >= 0) & (gate < gates_columns), other=scale)
+            if (flags & DECIDES) != 0:  # its scale is 0, its index -1
+                is_open = _decide(base + change, columns, inside, rows, vectors, flags)
+                tl.store(gates + gate, is_open, mask=gate < gates_columns)
+            else:
+                scale = tl.load(gates + gate, mask=(gate >= 0) & (gate < gates_columns), other=scale)
         before = change
         if scale != 0.0:
             stream = base + change
@@ -124,7 +179,15 @@ def _change(base, columns, inside, program, vectors, gates, gates_columns, norms
                 length = _norm(stream)
             if (flags & RELATIVE) != 0:
                 scale *= length
-            if (flags & LOCAL) != 0:
+            if (flags & (INJECTS | CARRIES)) != 0:
+                slot = tl.load(rows + 1)
+                if carry is not None:  # noqa: SIM102 - this one is decided when it is compiled
+                    if slot < carry_slots:
+                        if (flags & INJECTS) != 0:
+                            change = _inject(stream, change, columns, inside, carry + slot * carry_width, scale)
+                        else:
+                            _carry(base, columns, inside, carry + slot * carry_width, rows, flags)
+            elif (flags & LOCAL) != 0:
                 change = _move_columns(stream, change, columns, rows, count, flags, scale)
             else:
                 change = _move_rows(stream, change, columns, inside, rows, count, vectors, flags, scale)
@@ -136,12 +199,33 @@ def _change(base, columns, inside, program, vectors, gates, gates_columns, norms
         if norms is not None:
             moved = change - before
             square = tl.where(index == last, square, 0.0) + tl.sum(moved * moved, 0)
-            tl.store(norms + index, tl.sqrt_rn(square), mask=index < norms_columns)
+            tl.store(norms + index, tl.sqrt_rn(square), mask=(index >= 0) & (index < norms_columns))
             last = index
-    return change
+    return change, block
 
 
-@triton.jit(do_not_specialize=["place", "places", "gates_columns", "norms_columns"])
+@triton.jit
+def _probe(stream, columns, inside, probes, vectors, values, values_columns):
+    """What a program's probes read of the stream when all is done. ``values``: the row's."""
+    for j in range(tl.load(probes)):
+        row = probes + 1 + j * ROW_WORDS
+        value = tl.sum(stream * _direction(tl.load(row), 0, vectors, columns, inside), 0)
+        column = tl.load(row + 1)
+        tl.store(values + column, _activated(value, row), mask=column < values_columns)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "place",
+        "places",
+        "gates_columns",
+        "norms_columns",
+        "carry_rows",
+        "carry_slots",
+        "values_rows",
+        "values_columns",
+    ]
+)
 def edit(
     x,  # [T, WIDTH] any float
     residual,  # the same, or None
@@ -153,6 +237,8 @@ def edit(
     gates,  # [T, gates_columns] float32, or None
     norms,  # [T, norms_columns] float32, or None
     squares,  # [T] float32, or None
+    carry,  # [carry_rows, carry_slots, carry_width] float32, or None
+    values,  # [values_rows, values_columns] float32, or None
     place,
     places,
     x_stride,
@@ -161,6 +247,11 @@ def edit(
     gates_columns,
     norms_stride,
     norms_columns,
+    carry_rows,
+    carry_slots,
+    carry_width,
+    values_rows,
+    values_columns,
     eps,
     NORM: tl.constexpr,  # whether the RMSNorm follows, for every row
     FORM: tl.constexpr,  # in which of its forms, as norms.Form has them
@@ -178,19 +269,25 @@ def edit(
         if residual is not None:
             stream += tl.load(residual + i * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
         change = tl.zeros_like(stream)
+        probes = code
         if start > 0:
             if squares is not None:
                 tl.store(squares + i, tl.sum(stream * stream, 0))
             row_gates = None if gates is None else gates + i * gates_stride
             row_norms = None if norms is None else norms + i * norms_stride
-            change = _change(
-                stream, columns, inside, code + start, vectors, row_gates, gates_columns, row_norms, norms_columns
+            row_carry = None if carry is None else carry + i * carry_slots * carry_width
+            slots = tl.where(i < carry_rows, carry_slots, 0)
+            change, probes = _change(
+                *(stream, columns, inside, code + start, vectors, row_gates, gates_columns, row_norms, norms_columns),
+                *(row_carry, slots, carry_width),
             )
         # What does not move keeps its bits: -0 and NaN are not the same after an addition of 0.
         new = tl.where(change != 0.0, (own.to(tl.float32) + change).to(own.dtype), own)
+        after = new.to(tl.float32)
+        if residual is not None:
+            after += tl.load(residual + i * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
         if NORM:
-            z = new.to(tl.float32)
-            z += tl.load(residual + i * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
+            z = after
             tl.store(residual + i * residual_stride + columns, z.to(own.dtype), mask=inside)
             if (ROUNDED_SUM & FORM) != 0:
                 z = z.to(own.dtype).to(tl.float32)
@@ -204,3 +301,6 @@ def edit(
                 z *= factor
             new = z.to(own.dtype)
         tl.store(x + i * x_stride + columns, new, mask=inside)
+        if values is not None:  # noqa: SIM102 - this one is decided when it is compiled
+            if (start > 0) & (i < values_rows):
+                _probe(after, columns, inside, probes, vectors, values + i * values_columns, values_columns)

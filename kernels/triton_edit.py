@@ -54,7 +54,8 @@ def edit(
         round(x + (stream' - stream)), all else in float32.
     residual: the same shape and dtype; the stream that programs read is x + residual.
     entries: [T or more] int32, entries of ``tables``; -1: the row stays as it is.
-    gates: [T or more, ``tables.gates`` or more] float32, 0 or 1; needed where a block has one.
+    gates: [T or more, ``tables.gates`` or more] float32, 0 or 1; needed where a block has one, or reads one. None:
+        those of the tables' buffers, where what is carried to injections and what probes read is kept as well.
     norms: [T or more, ``tables.blocks`` or more] float32; of rows with a program, column b is filled with ‖Δ‖ of its
         block b. Others are left as they are.
     squares: [T or more] float32; of rows with a program, filled with ‖stream‖² before the edit.
@@ -118,16 +119,23 @@ def _launch(
     norm: bool,
     form: Form,
 ) -> None:
+    buffers = tables.buffers
+    if gates is None and buffers is not None:
+        gates = buffers.gates
     check(x, residual, weight, entries, tables, place, gates, norms, squares)
+    carry, values = (None, None) if buffers is None else (buffers.carry, buffers.values)
     rows, width = x.shape
     if not rows:
         return
     lanes, warps = shape(width)
     _device().edit[(rows,)](
-        *(x, residual, weight, entries, tables.starts, tables.code, tables.vectors, gates, norms, squares),
+        *(x, residual, weight, entries, tables.starts, tables.code, tables.vectors),
+        *(gates, norms, squares, carry, values),
         *(place, tables.starts.shape[1], x.stride(0), 0 if residual is None else residual.stride(0)),
         *((0, 0) if gates is None else (gates.stride(0), gates.shape[1])),
         *((0, 0) if norms is None else (norms.stride(0), norms.shape[1])),
+        *((0, 0, 0) if carry is None else carry.shape),
+        *((0, 0) if values is None else values.shape),
         *(eps, norm, int(form), width, lanes),
         num_warps=warps,
         enable_fp_fusion=True,  # not left to Triton, whose default depends on its version

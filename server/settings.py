@@ -43,6 +43,8 @@ class Settings:
     fused_norm: str = _option("auto", "a GPU's edits and the norms after them in one launch: auto, on or off")
     max_plans: int = _option(4096, "plans resident on a worker")
     plan_memory_mb: int = _option(1024, "memory for resident plans, MiB")
+    probe_memory_mb: int = _option(8, "memory on a GPU for what probes read in one step, MiB")
+    carry_memory_mb: int = _option(64, "memory on a GPU for what injections carry between layers, MiB")
     max_body_mb: int = _option(64, "largest request body, MiB")
     monitor: str = _option("on", "statistics of every layer in /metrics: on or off")
     monitor_sample: str = _option("auto", "share of the forward passes that statistics look at: 1/N or a fraction")

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load, save
 from torch import Tensor
 
-from steersman.kernels.program import Block, Rows
+from steersman.kernels.program import Block, Reading, Rows
 from steersman.steering.encoders import FeatureEncode
 from steersman.steering.sites import ORDER, Site
 from steersman.steering.spec import Tokens
@@ -109,6 +109,12 @@ class GateRead:
     def per_request(self) -> bool:
         return self.over != "token"
 
+    @cached_property
+    def reading(self) -> Reading:
+        assert self.direction is not None
+        bias, threshold = (self.activation.bias, self.activation.threshold) if self.activation else (0.0, None)
+        return Reading(self.direction, self.measure == "cosine", bias, threshold, self.above, self.below)
+
 
 @dataclass(frozen=True)
 class ProbeRead:
@@ -119,6 +125,12 @@ class ProbeRead:
     direction: Tensor | None  # [d] float32; unit, or a feature's encoder; None: ``encode`` reads
     activation: Activation | None = None  # of a feature
     encode: FeatureEncode | None = None  # of a feature that takes more than a product
+
+    @cached_property
+    def reading(self) -> Reading:
+        assert self.direction is not None
+        bias, threshold = (self.activation.bias, self.activation.threshold) if self.activation else (0.0, None)
+        return Reading(self.direction, bias=bias, threshold=threshold)
 
 
 class Encoding(NamedTuple):

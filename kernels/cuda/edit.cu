@@ -20,7 +20,8 @@
 
 namespace {
 
-constexpr int RELATIVE = 1, ONLY_IF_ACTIVE = 2, PRESERVE_NORM = 4, READS = 8, READ_COLUMNS = 16, WRITE_COLUMNS = 32;
+constexpr int RELATIVE = 1, ONLY_IF_ACTIVE = 2, PRESERVE_NORM = 4, READS = 8, READ_COLUMNS = 16, WRITE_COLUMNS = 32,
+              DECIDES = 128, COSINE = 256, INJECTS = 512, CARRIES = 1024, FIRST = 2048;
 constexpr int BLOCK_WORDS = 4, ROW_WORDS = 8, READ = 0, WRITE = 1;  // of `code`
 constexpr int ONE_MORE = 1, ROUNDED_SUM = 2, ROUNDED_QUOTIENT = 4;  // of norms.py's Form
 constexpr int MAX_ROWS = 1024;                                      // of a block
@@ -40,15 +41,18 @@ struct Arguments {
     const int* starts;   // [entries, places]
     const int* code;
     const float* vectors;
-    const float* gates;  // [rows, gates_columns] or null
+    float* gates;        // [rows, gates_columns] or null
     float* norms;        // [rows, norms_columns] or null
     float* squares;      // [rows] or null
+    float* carry;        // [carry_rows, carry_slots, carry_width] or null; the width is a multiple of 8
+    float* values;       // [values_rows, values_columns] or null
     long long x_stride, residual_stride, gates_stride, norms_stride;
-    int rows, width, place, places, gates_columns, norms_columns;
+    int rows, width, place, places, gates_columns, norms_columns, carry_rows, carry_slots, carry_width,
+        values_rows, values_columns;
     int form;  // of the norm
     float eps;
 };
-static_assert(sizeof(Arguments) == 144, "cuda_edit.py packs 144 bytes");
+static_assert(sizeof(Arguments) == 184, "cuda_edit.py packs 180 bytes, and 4 are padding");
 
 struct Shared {
     float steps[MAX_ROWS];
@@ -72,6 +76,18 @@ DEVICE float mapped(const int* row, float t, int flags, float scale) {
     return flags & ONLY_IF_ACTIVE && !active ? 0.0f : (to - a) * scale;
 }
 
+// A reading, of its dot or cosine. A threshold or bound that is not there is NaN.
+DEVICE float activated(const int* row, float value) {
+    const float threshold = __int_as_float(row[3]), p = value + __int_as_float(row[2]);
+    return threshold != threshold || p > threshold ? p : 0.0f;
+}
+
+// Whether it is within its bounds, 0 or 1.
+DEVICE float holds(const int* row, float value) {
+    const float above = __int_as_float(row[6]), below = __int_as_float(row[7]), a = activated(row, value);
+    return (above != above || a > above) && (below != below || a < below) ? 1.0f : 0.0f;
+}
+
 // WIDE: rows are whole groups, at addresses of which 16 bytes can be read at once
 template <class E, bool WIDE>
 struct Row {
@@ -82,9 +98,10 @@ struct Row {
     float4* change;  // the first halves of all groups, then the second ones: neighbours fall into different banks
     int groups, thread, threads, turn;
     Raw *x, *residual;
-    const float* gates;
-    float* norms;
+    float *gates, *norms;
+    float4* carry;  // null: the row has none
     bool moved;  // `change` holds something
+    bool whole;  // `change` holds the stream, base and all
 
     DEVICE Row(const Arguments& a, Shared& s, float4* memory)
         : args(a), shared(s), change(memory), groups((a.width + GROUP - 1) / GROUP), thread(threadIdx.x),
@@ -95,7 +112,9 @@ struct Row {
         residual = args.residual ? (Raw*)args.residual + i * args.residual_stride : nullptr;
         gates = args.gates ? args.gates + i * args.gates_stride : nullptr;
         norms = args.norms ? args.norms + i * args.norms_stride : nullptr;
-        moved = false;
+        const long long carried = (long long)args.carry_slots * args.carry_width;
+        carry = args.carry && i < args.carry_rows ? (float4*)(args.carry + i * carried) : nullptr;
+        moved = whole = false;
     }
 
     DEVICE int left(int g) const { return args.width - g * GROUP; }
@@ -122,6 +141,7 @@ struct Row {
     }
 
     DEVICE void stream(int g, float (&s)[GROUP]) const {
+        if (whole) return changed(g, s);
         base(g, s);
         if (!moved) return;
         float c[GROUP];
@@ -336,8 +356,89 @@ struct Row {
         return norms ? sum(sums.square) : 0;
     }
 
-    // Fills `change`, norms and squares.
-    DEVICE void run(const int* code, int i) {
+    // Reads a gate for blocks at later places.
+    DEVICE void decide(const int* row, int flags, int gate) {
+        float(*partial)[MAX_WARPS + 1] = shared.partial[turn ^= 1];
+        dots(row, 1, flags & COSINE, partial, 0);
+        __syncthreads();
+        if (thread == 0 && gates && gate < args.gates_columns) {
+            float value = total(partial[0]);
+            if (flags & COSINE) {
+                const float length = sqrtf(total(partial[SQUARE]));
+                value /= length < 1e-30f ? 1e-30f : length;
+            }
+            gates[gate] = holds(row, value);
+        }
+        __syncthreads();  // all threads see the same gates
+    }
+
+    DEVICE float4* slot(const int* row) const {
+        const int s = row[WRITE];
+        return carry && s < args.carry_slots ? carry + s * (args.carry_width / 4) : nullptr;
+    }
+
+    // change += scale * (y * |s| / |y| - s), y = s + carried; the square of that, for thread 0, if it is wanted.
+    DEVICE double inject(const float4* carried, float scale) {
+        float before = 0, after = 0;
+        for (int g = thread; g < groups; g += threads) {
+            float s[GROUP], y[GROUP];
+            stream(g, s);
+            unpack(carried[2 * g], carried[2 * g + 1], y);
+#pragma unroll
+            for (int k = 0; k < GROUP; k++) before += s[k] * s[k], y[k] += s[k], after += y[k] * y[k];
+        }
+        before = sum(before), after = sum(after);
+        const float ratio = after > 0 ? sqrtf(before) / sqrtf(after) : 1.0f;
+        float squared = 0;
+        for (int g = thread; g < groups; g += threads) {
+            float s[GROUP], c[GROUP], y[GROUP];
+            stream(g, s);
+            changed(g, c);
+            unpack(carried[2 * g], carried[2 * g + 1], y);
+#pragma unroll
+            for (int k = 0; k < GROUP; k++) {
+                const float m = scale * ((s[k] + y[k]) * ratio - s[k]);
+                squared += m * m, c[k] += m;
+            }
+            keep(g, c);
+        }
+        moved = true;
+        return norms ? sum(squared) : 0;
+    }
+
+    // Adds what came to the place to what is carried, or begins with it.
+    DEVICE void source(const int* row, int flags) {
+        float4* carried = slot(row);
+        const float weight = __int_as_float(row[2]);
+        for (int g = thread; carried && g < groups; g += threads) {
+            float s[GROUP], y[GROUP] = {};
+            base(g, s);
+            if (!(flags & FIRST)) unpack(carried[2 * g], carried[2 * g + 1], y);
+#pragma unroll
+            for (int k = 0; k < GROUP; k++) y[k] += weight * s[k];
+            carried[2 * g] = make_float4(y[0], y[1], y[2], y[3]);
+            carried[2 * g + 1] = make_float4(y[4], y[5], y[6], y[7]);
+        }
+    }
+
+    // What `rows` read of the stream when all is done.
+    DEVICE void probe(const int* rows, int count, int i) {
+        if (!args.values || i >= args.values_rows) return;
+        float* values = args.values + (long long)i * args.values_columns;
+        for (int first = 0; first < count; first += BATCH) {
+            const int n = min(BATCH, count - first);
+            float(*partial)[MAX_WARPS + 1] = shared.partial[turn ^= 1];
+            for (int c = 0; c < n; c += CHUNK)
+                dots(rows + (first + c) * ROW_WORDS, min(CHUNK, n - c), false, partial, c);
+            __syncthreads();
+            const int* row = rows + (first + thread) * ROW_WORDS;
+            if (thread < n && row[WRITE] < args.values_columns)
+                values[row[WRITE]] = activated(row, total(partial[thread]));
+        }
+    }
+
+    // Fills `change`, norms and squares; where the program's probes are.
+    DEVICE const int* run(const int* code, int i) {
         if (args.squares) {
             const float squared = square();
             if (thread == 0) args.squares[i] = squared;
@@ -349,11 +450,24 @@ struct Row {
             const int flags = code[0], count = code[1], gate = code[2], index = code[3];
             const int* rows = code + BLOCK_WORDS;
             code = rows + count * ROW_WORDS;
+            if (flags & DECIDES) {
+                decide(rows, flags, gate);
+                continue;
+            }
+            if (flags & CARRIES) {
+                source(rows, flags);
+                continue;
+            }
             const float scale = gate < 0 ? 1.0f : gate < args.gates_columns ? gates[gate] : 0.0f;
             if (index != last) size = 0, last = index;
-            if (count && scale != 0) size += block(rows, count, flags, scale);
+            if (flags & INJECTS) {
+                if (scale != 0 && slot(rows)) size += inject(slot(rows), scale);
+            } else if (count && scale != 0) {
+                size += block(rows, count, flags, scale);
+            }
             if (norms && thread == 0 && index < args.norms_columns) norms[index] = (float)sqrt(size);
         }
+        return code;
     }
 
     // x = round(x + change), where anything was changed
@@ -426,11 +540,15 @@ DEVICE void edit_rows(const Arguments& args, Shared& shared, float4* memory) {
         const int start = entry < 0 ? 0 : args.starts[(long long)entry * args.places + args.place];
         if (!NORM && !start) continue;
         row.open(i);
-        if (start) row.run(args.code + start, i);
+        const int* probes = start ? row.run(args.code + start, i) : nullptr;
         if constexpr (NORM)
             row.finish_and_norm();
         else
             row.finish();
+        if (probes && *probes) {
+            row.moved = row.whole = NORM;  // the stream is what `change` holds then, else it is read again
+            row.probe(probes + 1, *probes, i);
+        }
     }
 }
 

@@ -5,10 +5,11 @@ An adapter's ``attach(runner, runtime)`` wraps three of the runner's methods: wh
 (``runtime.begin`` before it, ``runtime.end`` after it, also when it raises). Dummy runs and graph captures
 must reach neither.
 
-The contract with vLLM: ``SchedulerOutput.finished_req_ids`` and ``.scheduled_new_reqs[i]`` with ``req_id``,
-``sampling_params`` and ``prompt_token_ids`` or ``prompt_embeds``; an id in both is first finished, then new. A new id
-that is known already is a request resumed after preemption (V2 only; its parameters are the same) or the next part of
-a streamed prompt (its parameters are others). The settings that :func:`refuse` reads.
+The contract with vLLM: ``SchedulerOutput.finished_req_ids``, ``.scheduled_new_reqs[i]`` with ``req_id``,
+``sampling_params``, ``num_computed_tokens`` and ``prompt_token_ids`` or ``prompt_embeds``, and
+``.scheduled_cached_reqs`` with ``req_ids`` and ``num_computed_tokens`` of the others. An id that is finished and new
+is first finished. A new id that is known already is a request resumed after preemption (V2 only; its parameters are the
+same) or the next part of a streamed prompt (its parameters are others). The settings that :func:`refuse` reads.
 """
 
 from __future__ import annotations
@@ -72,6 +73,14 @@ def any_steered(runtime: Runtime, request_ids: Iterable[str]) -> bool:
     if runtime.monitor is not None and runtime.monitor.due:
         return True
     return bool(runtime.requests) and any(r in runtime.requests for r in request_ids)
+
+
+def starts(scheduler_output: Any) -> dict[str, int]:
+    """By request of the coming pass, the position from which the scheduler has it computed; 0 where it does not say."""
+    cached = scheduler_output.scheduled_cached_reqs
+    known = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    known |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+    return {request_id: known.get(request_id, 0) for request_id in scheduler_output.num_scheduled_tokens}
 
 
 def rows(request_ids: Sequence[str], bounds: Sequence[int] | Ints, starts: Sequence[int] | Ints) -> list[Scheduled]:

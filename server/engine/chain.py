@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from steersman.kernels.program import Block, Program
-from steersman.kernels.reference import Reduce, edit
+from steersman.kernels.reference import Reduce, edit, inject
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,7 @@ def _inject(
     """The change [n, d] and its norm [n]. Exactly zero where nothing is carried."""
     if carried is None or (part.gate >= 0 and gates is None):
         raise ValueError("an injection needs what is carried to it, and a gated one its gates")
-    y = x + carried[part.index]
-    before, after = (x * x).sum(-1).sqrt(), (y * y).sum(-1).sqrt()
-    ratio = torch.where(after > 0, before / after, 1)
-    change = y * ratio[:, None] - x
+    change = inject(x, carried[part.index])
     if part.gate >= 0:
         assert gates is not None
         change = change * gates[:, part.gate, None].to(change)

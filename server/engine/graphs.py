@@ -4,7 +4,7 @@ A level is a set of sites at which the graph launches the edit kernel. Level 0 l
 replays exactly what stock vLLM would; the next edits the stream where most plans do (``resid_post``); the last, every
 hooked site. A graph does not hold a plan: the kernel looks up what each row gets in buffers that stay where they are
 (:mod:`steersman.kernels.tables`), so any plan runs in any graph of its level. A step that needs the host in the
-middle of a pass (gates, probes, injections, dots over tensor-parallel shards) runs without a graph.
+middle of a pass (see :mod:`steersman.server.engine.device`) runs without a graph.
 
 The contract with vLLM (0.26, 0.32, 0.33): captured graphs are kept in dicts that only their owners read and write, by
 batch shape: ``CUDAGraphWrapper.concrete_cudagraph_entries`` (V1's full and both runners' piecewise graphs),

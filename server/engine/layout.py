@@ -198,9 +198,10 @@ def group_rows(runs: Sequence[Run]) -> dict[tuple[Resident, int], Tensor]:
     return {key: torch.cat(parts) for key, parts in ranges.items()}
 
 
-def runs_of(masks: NDArray[np.uint64]) -> Iterable[tuple[int, int, int]]:
-    """(mask, first, past the last) of maximal runs of equal masks that are not 0."""
+def runs_of(masks: NDArray[np.uint64], unedited: bool = False) -> Iterable[tuple[int, int, int]]:
+    """(mask, first, past the last) of maximal runs of equal masks; ``unedited``: also of those that are 0."""
     edges = [0, *(np.flatnonzero(masks[1:] != masks[:-1]) + 1).tolist(), len(masks)]
     for a, b in pairwise(edges):
-        if mask := int(masks[a]):
+        mask = int(masks[a])
+        if mask or unedited:
             yield mask, a, b

@@ -37,6 +37,7 @@ class Owner:
     masks: Masks  # [count] the interventions that select each row
     chosen: int  # all of these together
     gates: list[Tensor]  # [count] each, the request's gates in this pass
+    on_device: bool = False  # whether the device does all that its plan asks
 
     @property
     def rows(self) -> slice:

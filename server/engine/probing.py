@@ -21,6 +21,8 @@ from steersman.server.engine.resident import Resident, Shard
 from steersman.server.engine.traces import Values
 from steersman.steering.plan import Place
 
+Observe = Callable[[Resident, list[int], Values], None]
+
 
 class Reader(Protocol):
     """A request's rows in a pass."""
@@ -82,7 +84,7 @@ class Probing:
                 values = own @ directions.T.to(own.device)
             plan.read.append((columns, plan.resident.plan.activated(columns, values)))
 
-    def finish(self, observe: Callable[[Resident, list[int], Values], None] | None) -> None:
+    def finish(self, observe: Observe | None) -> None:
         """Gives each request its values; ``observe`` gets those of a plan's requests together, with their columns."""
         for plan in self._plans:
             if not plan.read:
@@ -90,14 +92,28 @@ class Probing:
             columns = [column for some, _ in plan.read for column in some]
             values = torch.cat([v for _, v in plan.read], dim=1).float().cpu().numpy()
             order = np.argsort(columns)
-            columns, values = [columns[i] for i in order], values[:, order]
-            if observe is not None:
-                observe(plan.resident, columns, values)
-            first = 0
-            for reader in plan.readers:
-                count = reader.rows.stop - reader.rows.start
-                reader.state.see_probes(columns, reader.start, values[first : first + count])
-                first += count
+            _hand_out(plan, [columns[i] for i in order], values[:, order], observe)
+
+    def note(self, read: Tensor, has: Callable[[Place], bool], observe: Observe | None) -> None:
+        """Gives each request its values of ``read`` [rows, columns], what a device has read of the batch.
+
+        has: whether a place is on this rank's pipeline stage.
+        """
+        for plan in self._plans:
+            columns = [i for i, probe in enumerate(plan.resident.plan.probes) if has(probe.place)]
+            if columns:
+                _hand_out(plan, columns, read[plan.rows][:, columns].numpy(), observe)
+
+
+def _hand_out(plan: _Plan, columns: list[int], values: Values, observe: Observe | None) -> None:
+    """To each of a plan's requests its part of ``values`` [rows, columns], those of all one after another."""
+    if observe is not None:
+        observe(plan.resident, columns, values)
+    first = 0
+    for reader in plan.readers:
+        count = reader.rows.stop - reader.rows.start
+        reader.state.see_probes(columns, reader.start, values[first : first + count])
+        first += count
 
 
 def _joined(parts: Sequence[slice]) -> slice | Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.kernels.reference import is_open, within
 from steersman.server.engine.captures import Capture, Wanted
 from steersman.server.engine.resident import Resident
 from steersman.server.engine.signals import Signals
@@ -76,29 +77,20 @@ class GateState:
         new = x[self.seen - start : last + 1]  # what a preempted request computes again was added already
         self.total += new.double().sum(0)  # in float64 chunks of any size have the same sum
         self.seen += len(new)
-        return bool(self._holds((self.total / self.seen).float()[None])[0]) if last < len(x) else None
+        if last >= len(x):
+            return None
+        return bool(self._holds((self.total / self.seen).float()[None])[0])
 
     def _no_gap(self, start: int) -> None:
         if start > self.seen:
             raise LookupError(f"a gate needs positions {self.seen} to {start - 1}, which were not computed here")
 
     def _holds(self, x: Tensor) -> Tensor:
-        """[n] whether the condition holds for each row of x [n, d]."""
-        if self.read.encode is not None:
-            value = self.read.encode(x)[:, 0]
-        else:
-            assert self.read.direction is not None, "a gate reads a direction or encodes"
-            value = (x * self.read.direction.to(x.device)).sum(-1)
-        if self.read.measure == "cosine":
-            value = value / (x * x).sum(-1).sqrt().clamp_min(1e-30)
-        if self.read.activation is not None:
-            value = self.read.activation(value)
-        ok = torch.ones_like(value, dtype=torch.bool)
-        if self.read.above is not None:
-            ok &= value > self.read.above
-        if self.read.below is not None:
-            ok &= value < self.read.below
-        return ok
+        """[n] bool, whether the condition holds for each row of x [n, d]."""
+        gate = self.read
+        if gate.encode is None:
+            return is_open(x, gate.reading)
+        return within(gate.encode(x)[:, 0], gate.above, gate.below)
 
 
 @dataclass
@@ -141,8 +133,24 @@ class RequestState:
 
     @property
     def needs_layers(self) -> bool:
-        """Whether rows are read between the layers for it, besides what its plan reads and edits."""
-        return self.capture is not None or (self.signals is not None and bool(self.signals.norms))
+        """Whether rows are read between the layers for it, or edits measured, besides what its plan reads and edits."""
+        sized = self.whole and bool(self.steps)
+        return sized or self.capture is not None or (self.signals is not None and bool(self.signals.norms))
+
+    @property
+    def decides_each(self) -> bool:
+        """Whether it has gates that each token decides."""
+        return any(not gate.read.per_request for gate in self.gates)
+
+    def on_device(self, start: int) -> bool:
+        """Whether a device that takes its plan does all that the plan asks of a pass from ``start`` on.
+
+        A gate that decides once is decided on the host, in the passes that compute the prompt.
+        """
+        resident = self.resident
+        if resident is None or not resident.on_device:
+            return False
+        return not resident.decides_once or start >= self.selection.prompt_length
 
     def measured(self, layers: tuple[int, ...], sums: Sums) -> None:
         """Adds what a pass measured: [layers, 2, interventions], sum and count of ‖Δx‖/‖x‖ over the edited tokens."""

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from steersman.kernels.program import Program
+from steersman.kernels.program import Program, Reading
 from steersman.kernels.reference import Reduce
 from steersman.server.engine.chain import Chain, Injected, chain
 from steersman.steering.errors import CapacityExceeded
@@ -49,13 +49,35 @@ class Resident:
     shards: Mapping[Place, Shard]  # places of which this rank holds only a part
     users: int = 0  # requests in flight
     holders: set[str] = field(default_factory=set)
-    on_device: bool = False  # whether a pass with it needs nothing of the host
+    on_device: bool = False  # whether a device takes it, see `DevicePlans.takes`
     _programs: dict[int, dict[Place, Program]] = field(default_factory=dict)
 
     @cached_property
     def reads(self) -> frozenset[Place]:
         """Places that its gates and probes read."""
         return frozenset(g.place for g in self.plan.gates) | frozenset(p.place for p in self.plan.probes)
+
+    @cached_property
+    def decides_once(self) -> bool:
+        """Whether it has gates that are decided by the prompt."""
+        return any(gate.per_request for gate in self.plan.gates)
+
+    def token_gates(self, mask: int) -> dict[Place, dict[int, Reading]]:
+        """The gates of the interventions in ``mask`` that each token decides, by the place where they are read."""
+        found: dict[Place, dict[int, Reading]] = {}
+        for index in {step.gate for i, step in enumerate(self.plan.steps) if mask >> i & 1 and step.gate >= 0}:
+            gate = self.plan.gates[index]
+            if not gate.per_request:
+                found.setdefault(gate.place, {})[index] = gate.reading
+        return found
+
+    @cached_property
+    def readings(self) -> dict[Place, dict[int, Reading]]:
+        """What probes read, by place and column: its index among the plan's reads."""
+        found: dict[Place, dict[int, Reading]] = {}
+        for column, probe in enumerate(self.plan.probes):
+            found.setdefault(probe.place, {})[column] = probe.reading
+        return found
 
     @cached_property
     def probes(self) -> dict[Place, tuple[list[int], Tensor]]:

@@ -50,7 +50,8 @@ def attach(runner: Any, runtime: Runtime) -> None:
         steered = shared.any_steered(runtime, runner.input_batch.req_ids)
         positions = runner.positions if runner.use_async_spec_decode else None
         batch[:] = rows(runner.input_batch, num_scheduled_tokens, positions) if steered else []
-        graphs.levels.eager = steered and runtime.needs_host(runner.input_batch.req_ids)
+        starts = {entry.request_id: entry.start for entry in batch}
+        graphs.levels.eager = steered and runtime.needs_host(starts, sum(entry.n for entry in batch))
         return out
 
     def _model_forward(*args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,8 @@ only while a request in the batch is steered. ``positions`` counts tokens, also 
 keep their own.
 
 Which graph a step replays, or that it has none (:mod:`steersman.server.engine.graphs`), is decided after
-``add_requests`` and before ``prepare_inputs``, by ``cudagraph_manager.dispatch``.
+``add_requests`` and before ``prepare_inputs``, by ``cudagraph_manager.dispatch``. What is known of positions then is
+the scheduler's ``num_computed_tokens``: exact for the prompt's, as drafts come after it.
 
 A preempted request is dropped and comes back as a new one, perhaps in another slot and with its output as part
 of its prefill. We keep no slots: its state stays under its id until it finishes.
@@ -49,7 +50,8 @@ def attach(runner: Any, runtime: Runtime) -> None:
 
     def _add_requests(scheduler_output: Any, *rest: Any, **kwargs: Any) -> Any:
         shared.note_requests(runtime, scheduler_output)
-        graphs.levels.eager = runtime.needs_host(scheduler_output.num_scheduled_tokens)
+        starts = shared.starts(scheduler_output) if runtime.requests else {}
+        graphs.levels.eager = runtime.needs_host(starts, scheduler_output.total_num_scheduled_tokens)
         return add_requests(scheduler_output, *rest, **kwargs)
 
     def _prepare_inputs(*args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from steersman.kernels.reference import Reduce
 from steersman.server.engine.captures import NOTHING, Captures
 from steersman.server.engine.carry import Carried, Carry, Source
-from steersman.server.engine.device import DevicePlans
+from steersman.server.engine.device import DevicePlans, Opened
 from steersman.server.engine.dosage import Dosage
 from steersman.server.engine.fusion import FusedNorm, Fusion
 from steersman.server.engine.gating import Decided, gates_of, read_gates
@@ -131,6 +132,7 @@ class Runtime:
 
         A mapping says for each key how many positions of each request count.
         """
+        self._settle(wait=True)
         ends = asked if isinstance(asked, Mapping) else dict[str, Mapping[str, int]]()
         found = {key: self.finished.pop(key, []) for key in asked}
         for state in self.requests.values():
@@ -143,6 +145,7 @@ class Runtime:
 
     def probe_rows(self, asked: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[str, dict[str, Any]]:
         """What the probes of some requests have read, finished or not: by key and id, of positions [from, to)."""
+        self._settle(wait=True)
         states = [s for s in self.requests.values() if s.key in asked]
         states += [s for key in asked for s in self.finished.get(key, ())]
         found: dict[str, dict[str, Any]] = {key: {} for key in asked}
@@ -158,13 +161,26 @@ class Runtime:
 
     # -- one forward pass -------------------------------------------------------------------------
 
-    def needs_host(self, request_ids: Iterable[str]) -> bool:
-        """Whether a pass with these requests needs the host between its layers, so that no graph can stand for it."""
+    def needs_host(self, starts: Mapping[str, int], rows: int) -> bool:
+        """Whether a pass with these requests needs the host between its layers, so that no graph can stand for it.
+
+        starts: the position from which each is computed. rows: of all of them, at most.
+        """
         if self.monitor is not None and self.monitor.due:
             return True
-        states = [s for i in request_ids if (s := self.requests.get(i)) is not None] if self.requests else []
-        measured = self.dosage is not None
-        return any(s.resident is not None and (measured or s.needs_layers or not s.resident.on_device) for s in states)
+        if not self.requests:
+            return False
+        found = ((self.requests.get(request_id), start) for request_id, start in starts.items())
+        return any(s is not None and self._needs_host(s, self._runs_on_device(s, start, rows)) for s, start in found)
+
+    def _needs_host(self, state: RequestState, on_device: bool) -> bool:
+        return state.resident is not None and (self.dosage is not None or state.needs_layers or not on_device)
+
+    def _runs_on_device(self, state: RequestState, start: int, rows: int) -> bool:
+        """Whether the device does all that the request's plan asks of a pass of so many rows."""
+        if self.device is None or state.resident is None or not state.on_device(start):
+            return False
+        return self.device.has_room(state.resident, rows)
 
     @contextmanager
     def capturing(self, sites: Collection[Site]) -> Iterator[None]:
@@ -192,6 +208,7 @@ class Runtime:
         replayed: the pass replays graphs, so that only what runs on the device can be done.
         """
         self._rest()
+        self._settle()
         self._logits = None
         sampled = self.monitor is not None and self.monitor.begin(() if replayed else batch, self.requests)
         if not self.requests and not sampled:
@@ -199,6 +216,9 @@ class Runtime:
             self._switch()
             return
         key: list[Run] = []
+        on_device: list[Run] = []
+        opened: list[Opened] = []
+        rows = max((entry.row + entry.n for entry in batch), default=0)
         for entry in batch:
             state = self.requests.get(entry.request_id)
             if state is None or state.resident is None or not entry.n:
@@ -209,24 +229,28 @@ class Runtime:
             except Exception as error:
                 fail([state], f"laying out its tokens failed: {error}")
                 continue
-            if entry.n == 1 and owner.chosen:
-                key.append(Run(state.resident, owner.chosen, entry.row, entry.row + 1))
-            elif owner.chosen:
-                key += [Run(state.resident, mask, entry.row + a, entry.row + b) for mask, a, b in runs_of(owner.masks)]
+            owner.on_device = self._runs_on_device(state, entry.start, rows)
+            runs = on_device if owner.on_device else key
+            probed = owner.on_device and bool(state.resident.plan.probes)  # rows that nothing edits are read as well
+            if entry.n == 1 and (owner.chosen or probed):
+                runs.append(Run(state.resident, owner.chosen, entry.row, entry.row + 1))
+            elif owner.chosen or probed:
+                found = runs_of(owner.masks, unedited=probed)
+                runs += [Run(state.resident, mask, entry.row + a, entry.row + b) for mask, a, b in found]
+            if owner.on_device and state.resident.decides_once:
+                opened += self._opened(owner)
         if replayed:
-            need_host = [
-                o.state
-                for o in self._owners
-                if o.state.needs_layers or (o.state.resident and not o.state.resident.on_device)
-            ]
+            need_host = [o.state for o in self._owners if self._needs_host(o.state, o.on_device)]
             fail(need_host, "a pass that needs the host has been given a graph")
         if self.device is not None:
-            key = self._lay_out_on(self.device, key, replayed)
+            key = ([] if replayed else key) + self._lay_out_on(self.device, on_device, opened, replayed)
         if key != self._layout_key:
             self._layout_key = key
             self._layouts = self._lay_out(key)
         self._layout = self._layouts
-        self._reads = frozenset().union(*(o.state.resident.reads for o in self._owners if o.state.resident))
+        self._reads = frozenset().union(
+            *(o.state.resident.reads for o in self._owners if o.state.resident and not o.on_device)
+        )
         self.wanted = self._reads.union(self._layout) if self._reads else self._layout
         if self._on_device and self.device is not None:
             self.wanted = self.device.places.union(self.wanted) if self.wanted else self.device.places
@@ -244,7 +268,7 @@ class Runtime:
             host = self._layout, self._reads, self._captures.places, self._streams.places, seen
             self._fuse(self.device, host)
         self.live = bool(self.wanted or self.fused)
-        self._probing = Probing(self._owners)
+        self._probing = Probing([o for o in self._owners if not o.on_device])
         self._steps += 1
         due = self._steps % MEASURE_EVERY == 0 or any(o.chosen & o.state.unmeasured for o in self._owners)
         every = self.dosage is not None or any(o.state.whole for o in self._owners)
@@ -256,15 +280,45 @@ class Runtime:
         """The pass is over: what runs outside of one, such as a dummy batch, is not edited."""
         if self._unmade:
             fail([o.state for o in self._owners], f"{min(self._unmade).name} was not edited: no norm was called there")
+        sampled = self.monitor is not None and self.monitor.sampling
         try:
             self._note()
         except Exception as error:
             fail([o.state for o in self._owners], f"noting what was done failed: {error}")
+        self._settle(wait=any(not owner.on_device for owner in self._owners))
         for owner in self._owners:
-            owner.state.note_edits(owner.start, owner.masks, owner.gates)
             if self._measure:
                 owner.state.attempted(owner.chosen)
+            if not (owner.on_device and owner.state.decides_each):
+                owner.state.note_edits(owner.start, owner.masks, owner.gates)
+        if self.device is not None:
+            self._read_back(self.device, sampled)
         self._rest()
+
+    def _read_back(self, device: DevicePlans, sampled: bool) -> None:
+        """Has brought to the host what the pass has decided and read on the device."""
+        owners = [o for o in self._owners if o.on_device]
+        if gated := [o for o in owners if o.state.decides_each]:
+            device.told_gates.take(max(o.row + o.count for o in gated), partial(self._note_gates, gated))
+        if probed := [o for o in owners if o.state.resident is not None and o.state.resident.plan.probes]:
+            observe = self.monitor.probed if self.monitor is not None and sampled else None
+            note = partial(Probing(probed).note, has=device.has, observe=observe)
+            device.told_probes.take(max(o.row + o.count for o in probed), note)
+
+    def _settle(self, wait: bool = False) -> None:
+        """Notes what passes before have left on the device."""
+        if self.device is not None:
+            self.device.settle(wait)
+
+    def _note_gates(self, owners: Sequence[Owner], values: Tensor) -> None:
+        """What token gates have let through: [rows, gates] as the device has decided in a pass."""
+        for owner in owners:
+            for i, gate in enumerate(owner.state.gates):
+                if not gate.read.per_request:
+                    owner.gates[i] = values[owner.rows, i].clone()
+                    if self.monitor is not None:
+                        self.monitor.gate(owner.state, i, owner.masks, owner.gates[i])
+            owner.state.note_edits(owner.start, owner.masks, owner.gates)
 
     def _note(self) -> None:
         """What the pass has measured and read goes to the requests and into the statistics."""
@@ -356,18 +410,29 @@ class Runtime:
         liken(out.values())
         return out
 
-    def _lay_out_on(self, device: DevicePlans, key: list[Run], replayed: bool) -> list[Run]:
-        """Lays out the runs that the device takes; those that are left to the host."""
-        runs = [run for run in key if run.resident.on_device]
+    def _lay_out_on(self, device: DevicePlans, runs: list[Run], opened: Sequence[Opened], replayed: bool) -> list[Run]:
+        """Lays out runs that the device takes; those that are left to the host all the same."""
         try:
-            lacking = device.lay_out(runs)
+            lacking = device.lay_out(runs, opened)
         except Exception as error:
             self._fail_plans(runs, f"laying out failed: {error}")
-            return [run for run in key if not run.resident.on_device]
+            return []
+        self._on_device = [run for run in runs if run not in lacking] if lacking else runs
         if lacking and replayed:
             self._fail_plans(lacking, "the plans of this batch do not fit on the device together")
-        self._on_device = [run for run in runs if run not in lacking]
-        return [run for run in key if not run.resident.on_device or (run in lacking and not replayed)]
+            return []
+        for owner in self._owners:
+            if any(run.resident is owner.state.resident for run in lacking):
+                owner.on_device = False
+        return lacking
+
+    def _opened(self, owner: Owner) -> list[Opened]:
+        """Of the gates that the prompt has decided, those that are open."""
+        assert self.device is not None
+        gates = [(i, gate) for i, gate in enumerate(owner.state.gates) if gate.read.per_request]
+        if any(gate.open is None and self.device.has(gate.read.place) for _, gate in gates):
+            fail([owner.state], "a gate decides at the prompt's last token, which was not computed here")
+        return [Opened(i, owner.row, owner.row + owner.count) for i, gate in gates if gate.open]
 
     def _switch(self) -> None:
         if self.switch is not None and self.wanted is not self._switched:
@@ -387,9 +452,12 @@ class Runtime:
             return
         if self._device_layout is None:
             self._device_layout = self._lay_out(self._on_device)
-        work = self._device_layout[place]
+        work = self._device_layout.get(place)
+        if work is None or not work.groups:  # something is read here
+            device.edit(place, x, residual, norm)
+            return
         reduce = self.reduce if place in self.shards else None
-        self._measured.append((place, work, device.edit_and_measure(place, x, residual, work, reduce, norm), None))
+        self._measured.append((place, work, *device.edit_and_measure(place, x, residual, work, reduce, norm)))
 
     def _fail_plans(self, runs: Iterable[Run], message: str) -> None:
         residents = {id(run.resident) for run in runs}
@@ -448,7 +516,8 @@ class Runtime:
 
     def _read_gates(self, place: Place, x: Tensor, residual: Tensor | None) -> list[Decided]:
         """The gates that are read here, before this place's edits; they hold for later places only."""
-        return read_gates(self._owners, place, lambda owner: self._stream(place, x, residual, owner.rows))
+        owners = [owner for owner in self._owners if not owner.on_device]
+        return read_gates(owners, place, lambda owner: self._stream(place, x, residual, owner.rows))
 
     def _stream(self, place: Place, x: Tensor, residual: Tensor | None, rows: slice) -> Tensor:
         """[n, d] float32, the site's activations, put together from the ranks where each holds a part."""

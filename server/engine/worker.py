@@ -234,6 +234,8 @@ def _device_plans(
     return DevicePlans(
         kernel, places, shards, worker.device,
         rows=rows + PADDING, plans=settings.max_plans, nbytes=settings.plan_memory_mb * 2**20,
+        d_model=worker.vllm_config.model_config.get_hidden_size(),
+        carry_nbytes=settings.carry_memory_mb * 2**20, probe_nbytes=settings.probe_memory_mb * 2**20,
     )  # fmt: skip
 
 

@@ -42,6 +42,20 @@ def selectors_and_gates(server: Server, oracle: Oracle) -> None:
         assert [layer["tokens"] for layer in seen.values()] == [len(PROMPT) + 4] * 4, f"{extra}: probed tokens"
 
 
+def gates(server: Server, oracle: Oracle) -> None:
+    """In one batch, and with probes; injections with probes as well."""
+    fields: list[dict[str, Any]] = [{}, {"measure": "cosine", "below": 0.3}, {"over": "last_prompt", "above": -5.0}]
+    asked = [{"interventions": [{**ADD, "when": {**GATE, **extra}}]} for extra in fields]
+    batch = [Asked(PROMPT[: 6 + i], steering, 5, str(steering)) for i, steering in enumerate(asked)]
+    for request, answer in zip(batch, together(server, batch), strict=True):
+        agree(answer, oracle, request.steering, request.label)
+    for steering in [*asked, {"interventions": [INJECT]}]:
+        probed = {**steering, "probes": [{"vector": "resid_post"}]}
+        agree(answer := ask(server, PROMPT, probed), oracle, probed, str(steering))
+        seen = answer.body["steering"]["probes"][0]["layers"]
+        assert {layer["tokens"] for layer in seen.values()} == {len(PROMPT) + 4}, f"{steering}: probed tokens"
+
+
 def a_mixed_batch(server: Server, oracle: Oracle) -> None:
     """Also where the batch is larger than what graphs were made for."""
     batch = []

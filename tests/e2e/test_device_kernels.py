@@ -42,8 +42,12 @@ def test_ops(served: tuple[Server, Oracle], site: str) -> None:
 
 
 def test_selectors_and_gates(served: tuple[Server, Oracle]) -> None:
-    """Plans with gates and probes are edited by the host, beside others that are not."""
+    """Their probes read a site as well that is not the edits'."""
     checks.selectors_and_gates(*served)
+
+
+def test_gates_and_injections(served: tuple[Server, Oracle]) -> None:
+    checks.gates(*served)
 
 
 def test_a_mixed_batch(served: tuple[Server, Oracle]) -> None:

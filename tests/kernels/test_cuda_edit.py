@@ -24,6 +24,11 @@ from tests.kernels.device_checks import (
     Batch,
     bits,
     check_bad_calls,
+    check_gates,
+    check_gates_hold_at_later_places,
+    check_injection,
+    check_injection_of_nothing,
+    check_probes,
     check_roundings,
     deal,
     fill,
@@ -170,6 +175,46 @@ def test_norm_that_follows(d: int, form: Form, dtype: torch.dtype, device: str) 
 
 def test_norm_has_the_roundings_that_are_asked_for(device: str) -> None:
     check_roundings(edit_and_norm, device)
+
+
+# Gates
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_are_read(dtype: torch.dtype, device: str) -> None:
+    decided = set[bool]()
+    for d in (33, 576, 2100):
+        for seed in range(2):
+            decided |= check_gates(edit, device, d, dtype, 7 * d + seed, gap=6 * seed)
+    assert decided == {False, True}
+
+
+def test_gates_hold_at_later_places(device: str) -> None:
+    check_gates_hold_at_later_places(edit, device)
+
+
+# Injections
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_injections(dtype: torch.dtype, device: str) -> None:
+    for d in (33, 576, 2100):
+        for seed in range(2):
+            check_injection(edit, device, d, dtype, 5 * d + seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_injection_of_nothing(dtype: torch.dtype, device: str) -> None:
+    check_injection_of_nothing(edit, device, dtype)
+
+
+# Probes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_probes(dtype: torch.dtype, device: str) -> None:
+    for seed, d in enumerate((33, 576, 2100)):
+        check_probes(edit, device, d, dtype, 3 * d + seed)
 
 
 # Bits

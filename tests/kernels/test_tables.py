@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steersman.kernels import tables
-from steersman.kernels.program import Block, Program, Rows
+from steersman.kernels.program import Block, Code, Program, Reading, Rows
 from steersman.kernels.tables import (
     BLOCK_WORDS,
+    COSINE,
+    DECIDES,
     LOCAL,
     MAX_ROWS,
     NONE,
@@ -182,6 +184,28 @@ def test_columns_are_sorted_with_all_that_belongs_to_them() -> None:
         check_same(back, Program((block,), d))
         order = [3, 1, 5, 0, 2, 4]
         assert back.blocks[0].high.tolist() == order
+
+
+def test_gates_lie_before_the_blocks_and_share_directions() -> None:
+    v = vector(torch.Generator().manual_seed(0), 33)
+    t, step = make(), Program((lower.add(0, v, 1.0, False, gate=1),), 33)
+    read = {4: Reading(v, cosine=True, above=0.25), 2: Reading(v, bias=0.5, threshold=0.75, below=2.0)}
+    entry = t.add({0: Code(step.blocks, read), 2: Code(gates={0: Reading(v)})})
+    assert (t.used_floats, t.gates, t.blocks) == (36, 5, 1)
+    code, at = t.code.numpy(), int(t.starts[entry, 0])
+    assert code[at] == 3
+    nan = None
+    for k, (flags, gate, numbers) in enumerate(
+        [(DECIDES | READS | COSINE, 4, [0.0, nan, 0, 0, 0.25, nan]), (DECIDES | READS, 2, [0.5, 0.75, 0, 0, nan, 2.0])]
+    ):
+        words = code[at + 1 + 12 * k :][:12]
+        assert words[:6].tolist() == [flags, 1, gate, NONE, 0, NONE]
+        assert [None if math.isnan(n) else n for n in words[6:].view(np.float32).tolist()] == numbers
+    assert (code[at + 25], code[at + 27]) == (0, 1)  # the add: no flags, gate 1
+    assert t.starts[entry, 1] == 0
+    assert code[int(t.starts[entry, 2])] == 1
+    t.remove(entry)
+    assert (t.used_floats, t.gates) == (0, 0)
 
 
 def test_a_direction_is_stored_once_whoever_uses_it() -> None:

@@ -29,6 +29,11 @@ from tests.kernels.device_checks import (
     Batch,
     bits,
     check_bad_calls,
+    check_gates,
+    check_gates_hold_at_later_places,
+    check_injection,
+    check_injection_of_nothing,
+    check_probes,
     check_roundings,
     deal,
     fill,
@@ -161,6 +166,49 @@ def test_norm_that_follows(dtype: torch.dtype, form: Form, device: str) -> None:
 @on_device
 def test_norm_has_the_roundings_that_are_asked_for(device: str) -> None:
     check_roundings(edit_and_norm, device)
+
+
+# Gates
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_are_read(dtype: torch.dtype, device: str) -> None:
+    decided = set[bool]()
+    for seed, d in enumerate((33, 70)):
+        decided |= check_gates(edit, device, d, dtype, 7 * d + seed, gap=6 * seed)
+    assert decided == {False, True}
+
+
+@on_device
+def test_gates_hold_at_later_places(device: str) -> None:
+    check_gates_hold_at_later_places(edit, device)
+
+
+# Injections
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_injections(dtype: torch.dtype, device: str) -> None:
+    for d in (33, 70):
+        check_injection(edit, device, d, dtype, 5 * d, steps(dtype))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_injection_of_nothing(dtype: torch.dtype, device: str) -> None:
+    check_injection_of_nothing(edit, device, dtype)
+
+
+# Probes
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_probes(dtype: torch.dtype, device: str) -> None:
+    for seed, d in enumerate((70,)):
+        check_probes(edit, device, d, dtype, 3 * d + seed)
 
 
 # Bits
@@ -329,7 +377,7 @@ def test_compiles_for_gpus(norm: bool, width: int, arch: int) -> None:
     lanes, warps = shape(width)
     constants = {"WIDTH": width, "BLOCK": lanes, "NORM": norm, "FORM": 4}
     types = dict.fromkeys(("x", "residual", "weight"), "*bf16")
-    types |= dict.fromkeys(("gates", "norms", "squares", "vectors"), "*fp32")
+    types |= dict.fromkeys(("gates", "norms", "squares", "vectors", "carry", "values"), "*fp32")
     types |= (
         dict.fromkeys(("entries", "starts", "code"), "*i32") | {"eps": "fp32"} | dict.fromkeys(constants, "constexpr")
     )

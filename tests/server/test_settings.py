@@ -57,6 +57,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MAX_PLANS", "many", "STEERSMAN_MAX_PLANS must be an integer, not 'many'"),
         ("MAX_PLANS", "0", "--steering-max-plans must be at least 1"),
         ("PLAN_MEMORY_MB", "-1", "--steering-plan-memory-mb must be at least 1"),
+        ("PROBE_MEMORY_MB", "0", "--steering-probe-memory-mb must be at least 1"),
+        ("CARRY_MEMORY_MB", "0", "--steering-carry-memory-mb must be at least 1"),
         ("MAX_BODY_MB", "0", "--steering-max-body-mb must be at least 1"),
         ("FUSED_NORM", "yes", "--steering-fused-norm must be auto, on or off"),
         ("MONITOR", "yes", "--steering-monitor must be on or off"),

@@ -7,7 +7,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 
-from steersman.server.engine.batch import EDIT_OP, any_steered, note_requests, refuse, rows
+from steersman.server.engine.batch import EDIT_OP, any_steered, note_requests, refuse, rows, starts
 from steersman.server.engine.monitor import Monitor
 from steersman.server.engine.owners import Scheduled
 from steersman.server.engine.runtime import Runtime
@@ -20,6 +20,14 @@ def test_rows_are_cut_at_the_bounds() -> None:
     assert rows(["a", "b"], [0, 2, 5], [7, 0]) == [Scheduled("a", 7, 0, 2), Scheduled("b", 0, 2, 3)]
     with pytest.raises(ValueError):
         rows(["a", "b"], [0, 2], [7, 0])
+
+
+def test_the_scheduler_says_where_each_request_goes_on() -> None:
+    out = step({"new": 4, "old": 1, "unknown": 1}, [arrival("new", None)])
+    out.scheduled_new_reqs[0].num_computed_tokens = 16
+    out.scheduled_cached_reqs.req_ids = ["old"]
+    out.scheduled_cached_reqs.num_computed_tokens = [9]
+    assert starts(out) == {"new": 16, "old": 9, "unknown": 0}
 
 
 def test_rows_are_told_when_statistics_are_due() -> None:

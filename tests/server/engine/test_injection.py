@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steersman.server.engine import runtime as module
 from steersman.server.engine.carry import Carried
-from steersman.server.engine.device import DevicePlans
+from steersman.server.engine.device import SLOTS, DevicePlans
 from steersman.server.engine.dosage import CAP, WARN, Dosage
 from steersman.server.engine.runtime import Runtime
 from steersman.server.engine.worker import WorkerSteering
@@ -221,16 +221,55 @@ def test_plans_at_the_same_places_keep_their_bits(every: int, monkeypatch: pytes
             assert report(toy.runtime, name)["error"] is None
 
 
-def test_a_device_leaves_it_to_the_host() -> None:
+def on_device(rows: int) -> Runtime:
+    """What ``rows`` rows carry has room there."""
     places = [Place(layer, site) for layer in range(LAYERS) for site in Site]
-    runtime = Runtime()
-    runtime.use_device(DevicePlans(table_reader.edit, places, {}, torch.device("cpu"), rows=64, plans=4, nbytes=2**16))
-    toy = Toy(runtime)
+    runtime, cpu, carried = Runtime(), torch.device("cpu"), rows * 4 * SLOTS * D
+    runtime.use_device(
+        DevicePlans(table_reader.edit, places, {}, cpu, rows=64, plans=4, nbytes=2**16, d_model=D, carry_nbytes=carried)
+    )
+    return runtime
+
+
+def test_a_device_injects_as_many_rows_as_it_has_room_for() -> None:
+    runtime = on_device(10)
+    toy = Toy(runtime, replays=True)
     toy.add("r", plan_of(inject()), PROMPT)
     toy.add("other", plan_of(add(0, 1)), PROMPT)
-    assert (runtime.needs_host(["r"]), runtime.needs_host(["other"])) == (True, False)
-    out = toy.run(Piece("other", 0, PROMPT), Piece("r", 0, PROMPT))
-    close(out["r"], formula(LAST)[0][:P])
+    assert [runtime.needs_host({"r": 0}, rows) for rows in (1, 10, 11)] == [False, False, True]
+    assert not runtime.needs_host({"other": 0}, 11)
+    for pieces in ([Piece("r", 0, PROMPT)], [Piece("other", 0, PROMPT), Piece("r", 0, PROMPT)]):
+        close(toy.run(*pieces)["r"], formula(LAST)[0][:P])
+    assert report(runtime, "r")["error"] is None
+
+
+@pytest.mark.parametrize("rows", [0, 64])
+def test_a_plan_of_more_injections_than_there_is_room_for_is_the_hosts(rows: int) -> None:
+    its = [inject(scale=0.1 * i) for i in range(1 if not rows else 3)]
+    runtime = on_device(rows)
+    toy = Toy(runtime, replays=True)
+    toy.add("r", plan_of(*its), PROMPT)
+    assert runtime.needs_host({"r": 0}, 1)
+    torch.testing.assert_close(toy.run(Piece("r", 0, PROMPT))["r"], alone(plan_of(*its), PROMPT, P))
+
+
+def test_a_device_adds_nothing_to_what_the_last_pass_has_left() -> None:
+    runtime = on_device(64)
+    toy = Toy(runtime, replays=True)
+    toy.add("r", plan_of(inject()), PROMPT)
+    device = runtime.device
+    assert device is not None
+    assert device.tables.buffers is not None
+    device.tables.buffers.carry.fill_(float("nan"))
+    for _ in range(2):
+        close(toy.run(Piece("r", 0, PROMPT))["r"], formula(LAST)[0][:P])
+
+
+def test_no_strength_is_no_change_on_a_device_either() -> None:
+    for its in (inject(scale=0), inject(scale=0, tokens="all")):
+        toy = Toy(on_device(64), torch.bfloat16, replays=True)
+        toy.add("r", plan_of(its), PROMPT)
+        assert torch.equal(toy.run(Piece("r", 0, PROMPT))["r"], alone(None, PROMPT, P, dtype=torch.bfloat16))
 
 
 def test_a_pipeline_stage_refuses_sources_that_it_does_not_have() -> None:

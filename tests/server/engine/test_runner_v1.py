@@ -190,3 +190,12 @@ def test_contract_the_runner_and_its_batch_have_what_we_read() -> None:
     batch = real_batch()
     assert batch.req_ids == [], LOOK
     assert batch.num_computed_tokens_cpu.shape == (4,), LOOK
+
+
+def test_a_step_is_planned_by_where_its_rows_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, runtime = attached()
+    asked: list[Any] = []
+    monkeypatch.setattr(runtime, "needs_host", lambda starts, rows: asked.append((starts, rows)))
+    runner.execute(step({"a": 8, "b": 2}, [arrival("a", steering(8)), arrival("b", None)]))
+    runner.execute(step({"a": 1, "b": 2}))
+    assert asked == [({"a": 0, "b": 0}, 10), ({"a": 8, "b": 2}, 3)]

@@ -203,3 +203,14 @@ def test_contract_the_scheduler_sends_what_we_read() -> None:
     sent = {f.name for f in dataclasses.fields(SchedulerOutput)}
     assert {"scheduled_new_reqs", "finished_req_ids", "preempted_req_ids", "num_scheduled_tokens"} <= sent, LOOK
     assert {"req_id", "sampling_params"} <= {f.name for f in dataclasses.fields(NewRequestData)}, LOOK
+
+
+def test_a_step_is_planned_by_where_the_scheduler_has_each_request_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, runtime = attached()
+    asked: list[Any] = []
+    monkeypatch.setattr(runtime, "needs_host", lambda starts, rows: asked.append((starts, rows)))
+    runner.execute_model(step({"a": 8}, [arrival("a", steering(8))]))
+    later = step({"a": 1})
+    later.scheduled_cached_reqs.req_ids, later.scheduled_cached_reqs.num_computed_tokens = ["a"], [8]
+    runner.execute_model(later)
+    assert asked == [({"a": 0}, 8), ({"a": 8}, 1)]

@@ -46,6 +46,8 @@ class Toy:
     runtime: Runtime
     dtype: torch.dtype = torch.float32
     split: bool = False  # the stream comes as x + residual
+    replays: bool = False  # passes that do not need the host launch what a graph of their level holds, and no more
+    _level: frozenset[Place] = frozenset()  # where this pass's graph launches
 
     def add(self, request_id: str, plan: Plan | None, prompt: Sequence[int], key: str = "") -> None:
         """A request enters, steered by ``plan``."""
@@ -66,7 +68,12 @@ class Toy:
 
         positions = [p.start + i for p in pieces for i in range(len(p.ids))]
         stream = (TABLE[ids] + POSITIONS[positions]).to(self.dtype)
-        self.runtime.begin(batch, token_ids)
+        starts = {piece.request_id: piece.start for piece in pieces}
+        replayed = self.replays and not self.runtime.needs_host(starts, len(ids))
+        self.runtime.begin(batch, token_ids, replayed)
+        self._level = frozenset()
+        if replayed and self.runtime.device is not None:
+            self._level = self.runtime.device.at(self.runtime.device.sites)
         try:
             for layer in range(LAYERS):
                 stream = self._touch(Place(layer, PRE), stream)
@@ -84,7 +91,10 @@ class Toy:
         if self.split and place.site not in BRANCHES:
             residual = (stream * 0.5).to(self.dtype)
             x = stream - residual
-        if self.runtime.live and place in self.runtime.wanted:
+        if place in self._level:
+            assert self.runtime.device is not None
+            self.runtime.device.edit(place, x, residual)
+        elif not self._level and self.runtime.live and place in self.runtime.wanted:
             self.runtime.apply(place, x, residual)
         return x if residual is None else x + residual
 
