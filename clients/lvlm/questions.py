@@ -99,6 +99,12 @@ def write(out: Path, drawn: Iterable[tuple[int, Scene]], seed: int = 0) -> None:
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def read_boxes(folder: Path) -> dict[str, dict[str, list[int]]]:
+    """By image and object, the boxes that :func:`write` wrote into ``folder``."""
+    told = map(json.loads, (folder / "boxes.jsonl").read_text().splitlines())
+    return {each["image"]: each["boxes"] for each in told}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
