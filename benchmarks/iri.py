@@ -1,7 +1,7 @@
 """IRI on a small vision-language model, as its paper measures it, over HTTP: python -m benchmarks.iri
 
 Serves ``models/scenes`` in float32, traces recovery rates on questions about scenes of their own (the job ``trace``),
-makes the recipe, chooses its scale on further scenes, and then asks POPE's three samplings and for captions about scenes
+makes the recipe, chooses its scale on further scenes, then asks POPE's three samplings and for captions about scenes
 that were used for nothing before: without steering, with the recipe at the paper's strengths for LLaVA-1.5-7B and at
 the chosen scale, and at the chosen scale with recipes that have the same rates at layers drawn at random. Last, what an
 injection costs.
