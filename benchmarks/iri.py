@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import json
 import statistics
 import tempfile
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.iri_report import CHOSEN, PAPER, UNSTEERED
 from benchmarks.provenance import save
 from rich.console import Console
 
@@ -53,7 +55,6 @@ OPTIONS = [
     "--limit-mm-per-prompt",
     '{"image":1}',
 ]
-UNSTEERED, PAPER, CHOSEN = "unsteered", "paper", "chosen"
 Steering = Mapping[str, Any]
 console = Console()
 
@@ -78,7 +79,9 @@ def main() -> None:
         with serve(args.model, tmp, OPTIONS, env, NAME) as served, Steersman(served.url) as server:
             found = measure(args, server, tmp, [number for number, _ in parts["scenes"]])
     settings = {k: v for k, v in vars(args).items() if k not in ("model", "name")}
-    console.print(f"written to {save(args.name, {'model': args.model.name, 'settings': settings, **found})}")
+    parameters = json.loads((args.model / "training.json").read_text())["parameters"]
+    about = {"model": args.model.name, "parameters": parameters, "settings": settings}
+    console.print(f"written to {save(args.name, {**about, **found})}")
 
 
 def measure(args: argparse.Namespace, server: Steersman, tmp: Path, numbers: Sequence[int]) -> dict[str, Any]:

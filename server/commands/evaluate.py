@@ -39,7 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     ):
         action = actions.add_parser(name, help=about)
         remote.connection(action)
-        action.add_argument("--questions", type=Path, required=True, metavar="FILE" + "|DIR" * (name == "mme"))
+        kind = "FILE" if name != "mme" else "FILE|DIR"
+        action.add_argument("--questions", type=Path, nargs="+", required=True, metavar=kind, help="one table for each")
         action.add_argument("--images", type=Path, metavar="DIR", required=name != "mme")
         action.add_argument("--steering", type=remote.json_or_file, metavar="JSON|@FILE", help="asked a second time so")
         action.add_argument("--out", type=Path, metavar="FILE", help="write scores and every answer, as JSON")
@@ -55,29 +56,32 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     try:
-        chosen = _read(args)
+        chosen = [_read(args, questions) for questions in args.questions]
+        for each in chosen:
+            asking.missing(each.questions)
+        found = []
         with remote.client(args) as server:
-            found = _measure(args, server, chosen)
+            for questions, each in zip(args.questions, chosen, strict=True):
+                found.append(_measure(args, server, questions.name, each))
+                Console().print(_table(questions.name, found[-1]["summary"]))
     except (SteersmanError, httpx.HTTPError, ValueError) as error:
         param = f" ({error.param})" if isinstance(error, SteersmanError) and error.param else ""
         raise SystemExit(f"steersman eval {args.benchmark}: {error}{param}") from None
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
-    Console().print(_table(args.benchmark, found["summary"]))
+        args.out.write_text(json.dumps({"results": found}, indent=1) + "\n")
     return 0
 
 
-def _read(args: argparse.Namespace) -> Benchmark:
+def _read(args: argparse.Namespace, questions: Path) -> Benchmark:
     if args.benchmark == "pope":
-        return Pope.read(args.questions, args.images, args.limit)
+        return Pope.read(questions, args.images, args.limit)
     if args.benchmark == "mme":
-        return Mme.read(args.questions, args.images or args.questions, args.limit)
-    return Chair.read(args.questions, args.images, args.synonyms, args.captions, args.prompt, args.limit)
+        return Mme.read(questions, args.images or questions, args.limit)
+    return Chair.read(questions, args.images, args.synonyms, args.captions, args.prompt, args.limit)
 
 
-def _measure(args: argparse.Namespace, server: Steersman, chosen: Benchmark) -> dict[str, Any]:
-    asking.missing(chosen.questions)
+def _measure(args: argparse.Namespace, server: Steersman, questions: str, chosen: Benchmark) -> dict[str, Any]:
     model = server.served_model()
     settings = Settings(model, args.max_tokens, args.suffix, args.concurrency)
     conditions: dict[str, Mapping[str, Any] | None] = {UNSTEERED: None}
@@ -92,7 +96,7 @@ def _measure(args: argparse.Namespace, server: Steersman, chosen: Benchmark) -> 
                 bar.advance(task, count)
 
             answers[name] = asking.ask(server, chosen.questions, steering, settings, advance)
-    about = {"model": model, "steering": args.steering, "questions": args.questions.name, "suffix": args.suffix}
+    about = {"model": model, "steering": args.steering, "questions": questions, "suffix": args.suffix}
     return benchmark.result(chosen, {**about, "max_tokens": args.max_tokens}, answers)
 
 

@@ -68,8 +68,8 @@ def run(files: Path, benchmark: str, questions: str, *more: str) -> dict[str, An
     out = files / "made/out.json"
     given = ["--questions", str(files / questions), "--images", str(files), "--out", str(out), *more]
     assert cli.main(["eval", benchmark, *given]) == 0
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    (found,) = json.loads(out.read_text())["results"]
+    return dict(found)
 
 
 def test_pope_without_steering_and_with_it(server: Server, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +87,19 @@ def test_pope_without_steering_and_with_it(server: Server, files: Path, capsys: 
     assert sorted(json.dumps(b["steering"]) for b in server.asked) == sorted(
         [json.dumps(STEERING)] * 2 + ['{"default": false}'] * 2
     )
+
+
+def test_several_files_are_a_table_each(server: Server, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "other.jsonl").write_text((files / "pope.jsonl").read_text().splitlines()[0])
+    given = ["--questions", str(files / "pope.jsonl"), str(files / "other.jsonl"), "--images", str(files)]
+    assert cli.main(["eval", "pope", *given, "--out", str(files / "out.json")]) == 0
+    found = json.loads((files / "out.json").read_text())["results"]
+    assert [(r["questions"], r["summary"]["unsteered"]["accuracy"]) for r in found] == [
+        ("pope.jsonl", 0.5),
+        ("other.jsonl", 1.0),
+    ]
+    printed = capsys.readouterr().out
+    assert printed.index("pope.jsonl") < printed.index("other.jsonl")
 
 
 def test_mme_alone(server: Server, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
