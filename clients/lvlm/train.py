@@ -1,4 +1,4 @@
-"""Trains the model of scenes, on a CPU.
+"""Trains the model of scenes, on one CPU core.
 
     python -m steersman.clients.lvlm.train --out models/scenes
 
@@ -74,15 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint's folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="part of how sums are rounded [%(default)s]")
     for name, schedule in STAGES.items():
         parser.add_argument(f"--{name}-steps", type=int, default=schedule.steps, help="[%(default)s]")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # sums do not depend on how many cores there are
     args.out.mkdir(parents=True, exist_ok=True)
     stages = {name: replace(schedule, steps=getattr(args, f"{name}_steps")) for name, schedule in STAGES.items()}
     made, about = train(stages, args.seed, args.out)
-    about["threads"] = args.threads
     model.save(made.eval(), args.out)
     (args.out / "training.json").write_text(json.dumps(about, indent=2) + "\n")
     for name in stages:
