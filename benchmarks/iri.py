@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -76,6 +77,7 @@ def main() -> None:
         for part, scenes in parts.items():
             questions.write(tmp / part, scenes)
         env = without_torchvision(tmp / "site")
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (env["PYTHONPATH"], os.environ.get("PYTHONPATH"))))
         with serve(args.model, tmp, OPTIONS, env, NAME) as served, Steersman(served.url) as server:
             found = measure(args, server, tmp, [number for number, _ in parts["scenes"]])
     settings = {k: v for k, v in vars(args).items() if k not in ("model", "name")}
