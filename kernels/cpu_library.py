@@ -77,11 +77,11 @@ def _library() -> Library | None:
     try:
         path = _compiled()
         locked, free = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
-        found = [_functions(loaded, kind) for kind in ARGUMENTS for loaded in (locked, free)]
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning("CPU edits run in plain torch, which is slower: %s", error)
         return None
-    return Library(*found, parallel=_parallel())
+    edits, injections = ((_functions(locked, kind), _functions(free, kind)) for kind in ARGUMENTS)
+    return Library(edits[0], edits[1], injections[0], injections[1], _parallel())
 
 
 def _compiled() -> Path:

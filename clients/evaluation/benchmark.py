@@ -41,7 +41,8 @@ class Benchmark(Protocol):
 
 def share(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
     """0 where there is nothing."""
-    return np.divide(part, whole, out=np.zeros(np.shape(part)), where=whole != 0)
+    out: NDArray[np.float64] = np.divide(part, whole, out=np.zeros(np.shape(part)), where=whole != 0)
+    return out
 
 
 def summary(benchmark: Benchmark, answers: Mapping[str, Sequence[str]]) -> dict[str, Any]:

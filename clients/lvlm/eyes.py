@@ -31,7 +31,7 @@ def shown(scenes: Sequence[Scene]) -> Tensor:
     return torch.where(most >= LEAST * patch * patch, which, len(KINDS))
 
 
-class Naming(nn.Module):
+class Naming(nn.Module):  # type: ignore[misc]  # torch is not followed
     """The loss of naming the patches' colours and shapes. ``nothing``: two embeddings for a patch without an object."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,7 +44,7 @@ class Naming(nn.Module):
     def logits(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Of colours and of shapes, the last for none: [n, patches, 5] each."""
         found = look(self.model, pictures)
-        words = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        words = self.model.get_input_embeddings().weight
         out = []
         for i, names in enumerate((COLOURS, SHAPES)):
             rows = torch.cat([words[[vocabulary.ids(name)[0] for name in names]], self.nothing[i : i + 1]])

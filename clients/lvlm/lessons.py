@@ -77,9 +77,9 @@ def _row(scene: Scene, rng: np.random.Generator) -> tuple[list[int], list[int]]:
 def logits(model: torch.nn.Module, lesson: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [k, words] at the k tokens that something is learnt at, what is wanted [k], and their places [k, 2]."""
     positions, sees = layout()
-    embedded = model.get_input_embeddings()(lesson.ids)  # type: ignore[operator]
+    embedded = model.get_input_embeddings()(lesson.ids)
     embedded = embedded.masked_scatter((lesson.ids == IMAGE)[..., None], look(model, lesson.pictures))
-    llama = model.model.language_model  # type: ignore[union-attr]
+    llama = model.model.language_model
     out = llama(
         inputs_embeds=embedded,
         attention_mask=sees.expand(len(embedded), -1, -1, -1),
@@ -87,7 +87,7 @@ def logits(model: torch.nn.Module, lesson: Batch) -> tuple[Tensor, Tensor, Tenso
         use_cache=False,
     ).last_hidden_state
     places = lesson.wanted.nonzero()
-    return model.lm_head(out[tuple(places.T)]), lesson.wanted[tuple(places.T)], places  # type: ignore[operator]
+    return model.lm_head(out[tuple(places.T)]), lesson.wanted[tuple(places.T)], places
 
 
 def loss(model: torch.nn.Module, lesson: Batch) -> Tensor:

@@ -58,9 +58,8 @@ def draw(seed: int, number: int) -> Scene:
     boxes = []
     for i in order:
         x, y = (slice(max(0, int(c - REACH)), int(c + REACH) + 1) for c in centres[i])
-        cover = _cover(
-            KINDS[kinds[i]].split()[1], *(_ALONG[at] - c for at, c in zip((x, y), centres[i], strict=True)), radii[i]
-        )
+        shape = KINDS[kinds[i]].split()[1]
+        cover = _cover(shape, _ALONG[x] - centres[i, 0], _ALONG[y] - centres[i, 1], radii[i])
         picture[y, x] += (contrasts[i] * cover)[..., None] * (tones[i] - plain).astype(np.float32)
         inside = cover > 0.5
         shown[y, x][inside] = kinds[i]

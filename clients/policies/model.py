@@ -14,8 +14,9 @@ from torch import Tensor
 from steersman.clients import small_llava
 from steersman.clients.policies import vocabulary
 from steersman.clients.policies.demonstrations import CHUNK
-from steersman.clients.policies.vocabulary import BINS, CELLS, FIRST_ACTION, FIRST_STATE, IMAGE, Scale
+from steersman.clients.policies.vocabulary import BINS, CELLS, FIRST_ACTION, FIRST_STATE, Scale
 from steersman.clients.simulators.metaworld import SIZE
+from steersman.clients.small_llava import IMAGE
 
 PATCH = 16  # pixels
 PATCHES = (SIZE // PATCH) ** 2
