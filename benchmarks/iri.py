@@ -43,6 +43,7 @@ from tests.models.tiny_llava import without_torchvision
 MODEL = Path(__file__).parents[1] / "models" / "scenes"
 NAME = "scenes"
 LAMBDA_A, LAMBDA_M = 0.26, 0.16  # the paper's for LLaVA-1.5-7B
+LEAST = 0.2  # what the noise must take from an answer's probability: rates are quotients by it
 SCALES = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0)  # of both strengths, among which one is chosen
 CAPTION_TOKENS = 32
 TIMED_TOKENS = 32
@@ -63,11 +64,11 @@ console = Console()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--traced", type=int, default=60, help="scenes, one question of each [%(default)s]")
-    parser.add_argument("--tuned", type=int, default=60, help="scenes that the scale is chosen on [%(default)s]")
-    parser.add_argument("--scenes", type=int, default=250, help="that are tested [%(default)s]")
+    parser.add_argument("--traced", type=int, default=40, help="scenes, one question of each [%(default)s]")
+    parser.add_argument("--tuned", type=int, default=40, help="scenes that the scale is chosen on [%(default)s]")
+    parser.add_argument("--scenes", type=int, default=150, help="that are tested [%(default)s]")
     parser.add_argument("--randoms", type=int, default=6, help="[%(default)s]")
-    parser.add_argument("--timed", type=int, default=60, help="pairs of requests [%(default)s]")
+    parser.add_argument("--timed", type=int, default=40, help="pairs of requests [%(default)s]")
     parser.add_argument("--name", default="iri", help="of the result file")
     args = parser.parse_args()
     drawn = questions.held_out(args.traced + args.tuned + args.scenes, 0)
@@ -102,6 +103,7 @@ def measure(args: argparse.Namespace, server: Steersman, tmp: Path, numbers: Seq
         "traced": {
             "questions": table.questions,
             "used": table.used,
+            "least": LEAST,
             "rates": {c: {g: list(rates) for g, rates in groups.items()} for c, groups in table.rates.items()},
         },
         "recipe": made,
@@ -127,7 +129,7 @@ def trace(server: Steersman, folder: Path) -> Table:
         box = boxes[question.image.name][kind]
         asked.append({"text": question.text, "image": picture, "answer": vocabulary.YES, "object": kind, "box": box})
     result = follow(server, {"kind": "trace", "questions": asked})
-    return Table.of(Traced(q["clean"], q["corrupted"], q["patched"]) for q in result["questions"])
+    return Table.of((Traced(q["clean"], q["corrupted"], q["patched"]) for q in result["questions"]), LEAST)
 
 
 def steering(made: Mapping[str, Any], scale: float = 1.0) -> Steering:

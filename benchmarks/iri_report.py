@@ -46,8 +46,8 @@ the first ones where it is the other way round{few}.
 ## Where the answer comes back
 
 The job `trace` puts one component of one layer back to what it was in a clean run, for one group of tokens, in a run on
-a noisy picture; the recovery rate is how much of the answer's probability comes back. Means of {used} of {traced}
-questions whose answer the noise lowers; the layers are counted from 0.
+a noisy picture; the recovery rate is how much of the answer's probability comes back. Means of those {used} of {traced}
+questions where the noise takes at least {least} of that probability; layers count from 0.
 
 ![Recovery rates](images/fcct.png)
 
@@ -58,7 +58,9 @@ The recipe takes the rates of the last token (sources: the best 3 layers, target
 
 {scenes} pictures that were used for nothing before, POPE's questions in its three samplings. The scale of both
 strengths (1 is the paper's {lambda_a} and {lambda_m}) was chosen on {tuned} other pictures, by the mean accuracy:
-{scales}; chosen: {scale:g}. The random recipes have the same rates at layers drawn at random, as many sources and
+
+{scales}
+The chosen scale is {scale:g}. The random recipes have the same rates at layers drawn at random, as many sources and
 targets, at the same scale. All of them keep the norm of what they change. The intervals are of 95 % over pictures, of
 the difference from the unsteered model.
 
@@ -92,13 +94,16 @@ def page(found: Mapping[str, Any]) -> str:
         parameters=found["parameters"] / 1e6,
         few="" if min(len(mended), len(broken)) >= EACH else " (there are not more)",
         used=found["traced"]["used"],
+        least=found["traced"]["least"],
         traced=found["traced"]["questions"],
         recipe=_recipe(found["recipe"]),
         scenes=settings["scenes"],
         tuned=settings["tuned"],
         lambda_a=found["recipe"]["lambda_a"],
         lambda_m=found["recipe"]["lambda_m"],
-        scales=", ".join(f"{accuracy:.3f} at {float(scale):g}" for scale, accuracy in tuned.items()),
+        scales=table(
+            ("scale", *(f"{float(s):g}" for s in tuned)), [("accuracy", *(f"{a:.3f}" for a in tuned.values()))]
+        ),
         scale=found["scale"]["chosen"],
         pope="\n".join(f"{sampling}:\n\n{_scores(found['pope'][sampling])}" for sampling in SAMPLINGS),
         verdict=_verdict(found),
