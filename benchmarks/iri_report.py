@@ -40,8 +40,8 @@ questions ask for.
 
 ![Pictures, questions and answers](images/hallucination.png)
 
-Above: the first questions of the test that IRI at the chosen scale answers rightly and the model alone does not, below
-the first ones where it is the other way round{few}.
+Above: the first pictures of the test with a question that IRI at the chosen scale answers rightly and the model alone
+does not, below the first ones with one where it is the other way round{few}.
 
 ## Where the answer comes back
 
@@ -92,7 +92,7 @@ def page(found: Mapping[str, Any]) -> str:
         machine=f"{about['cores']} cores of {about['cpu']}, vLLM on the CPU in float32",
         layers=len(rates["attn"]["last"]),
         parameters=found["parameters"] / 1e6,
-        few="" if min(len(mended), len(broken)) >= EACH else " (there are not more)",
+        few="" if min(len(first(mended)), len(first(broken))) == EACH else " (there are no more)",
         used=found["traced"]["used"],
         least=found["traced"]["least"],
         traced=found["traced"]["questions"],
@@ -133,6 +133,11 @@ def changed(found: Mapping[str, Any]) -> tuple[list[tuple[Any, Any]], list[tuple
             if before is not after:
                 out[0 if after else 1].append((scene, row))
     return out
+
+
+def first(each: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """One question of each of the first pictures."""
+    return list({scene["scene"]: (scene, row) for scene, row in reversed(each)}.values())[::-1][:EACH]
 
 
 def _recipe(made: Mapping[str, Any]) -> str:
@@ -185,8 +190,8 @@ def _verdict(found: Mapping[str, Any]) -> str:
 def draw_examples(found: Mapping[str, Any], out: Path) -> None:
     from matplotlib import pyplot as plt
 
-    rows = [each[:EACH] for each in changed(found)]
-    figure, axes = plt.subplots(2, EACH, figsize=(2.6 * EACH, 6.2), squeeze=False)
+    rows = [first(each) for each in changed(found)]
+    figure, axes = plt.subplots(2, EACH, figsize=(2.6 * EACH, 6.8), squeeze=False, layout="constrained")
     for line, kind in zip(axes, rows, strict=True):
         for axis in line:
             axis.axis("off")
@@ -195,7 +200,6 @@ def draw_examples(found: Mapping[str, Any], out: Path) -> None:
             said = {name: "yes" if name in row["yes"] else "no" for name in (UNSTEERED, CHOSEN)}
             title = f"{row['text'].removesuffix(' in the image?')}?\nunsteered: {said[UNSTEERED]}, IRI: {said[CHOSEN]}"
             axis.set_title(f"{title}\ntruth: {'yes' if row['there'] else 'no'}", fontsize=9)
-    figure.tight_layout()
     figure.savefig(out, dpi=110)
     plt.close(figure)
 
