@@ -94,17 +94,24 @@ def cases(model: Mapping[str, Any]) -> dict[str, list[Any]]:
         "ablate_clamp_three_sites": [streams],
         "neurons_32": [[{"op": "neurons", "neurons": neurons, "mode": "set", "value": 1.0}]],
         "features_32": [[feature]],
+        "inject": [[{"op": "inject", "recipe": {"inline": recipe(len(layers))}}]],
     }
     return {
         name: [None if edits is None else {"interventions": edits} for edits in turn] for name, turn in plans.items()
     }
 
 
-CPU_GOALS = {"monitor": 0.99, "idle": 0.995, "all_layers": 0.98}
+def recipe(n_layers: int) -> dict[str, Any]:
+    """Random recovery rates for the op ``inject``, with the strengths that the paper has for LLaVA-1.5-7B."""
+    rates = np.random.default_rng(0).uniform(0, 1, (2, n_layers))
+    return {"rr_attn": rates[0].tolist(), "rr_mlp": rates[1].tolist(), "lambda_a": 0.26, "lambda_m": 0.16}
+
+
+CPU_GOALS = {"monitor": 0.99, "idle": 0.995, "all_layers": 0.98, "inject": 0.98}
 GPU_GOALS = {
     "monitor": 0.99,
     "idle": 0.995, "all_layers": 0.99, "three_vectors": 0.985, f"plans_{MANY}": 0.98, "ablate_clamp_three_sites": 0.975,
-    "neurons_32": 0.98, "features_32": 0.98,
+    "neurons_32": 0.98, "features_32": 0.98, "inject": 0.98,
 }  # fmt: skip
 
 

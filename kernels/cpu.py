@@ -107,9 +107,9 @@ class Table:
         else:
             failed = function(
                 *(self._address, x.data_ptr(), n, stride, other, other_stride),
-                *_pointer(gates, "gates", self.rows, self.gates),
-                *_pointer(norms, "norms", self.rows, self.max_blocks),
-                _pointer(squares, "squares", self.rows)[0],
+                *pointer(gates, "gates", self.rows, self.gates),
+                *pointer(norms, "norms", self.rows, self.max_blocks),
+                pointer(squares, "squares", self.rows)[0],
             )
         if failed:
             raise IndexError(f"the table names a row past the {n} of x")
@@ -244,7 +244,7 @@ def _compact(blocks: Sequence[Block]) -> tuple[Tensor, tuple[Block, ...]]:
     return columns, tuple(replace(b, write=local(b.write), read=local(b.read) if b.read else None) for b in blocks)
 
 
-def _pointer(tensor: Tensor | None, name: str, rows: int, columns: int = 0) -> tuple[int | None, int]:
+def pointer(tensor: Tensor | None, name: str, rows: int, columns: int = 0) -> tuple[int | None, int]:
     """The address and row stride of an array with one row for each of the table's."""
     if tensor is None:
         return None, 0

@@ -385,6 +385,42 @@ int edit(int64_t n, Call<E> call) {
     return 0;
 }
 
+// -- injection ------------------------------------------------------------------------------------
+
+// Row k of `carried` [count, d] is added to row rows[k] of x, which keeps its length.
+template <class E>
+int inject(typename E::Raw* x, int64_t n, int64_t stride, int64_t d, const int64_t* rows, int64_t count,
+           const float* carried, const float* gates, int64_t g_stride, float* norms, int64_t n_stride, float* squares) {
+    for (int64_t k = 0; k < count; k++)
+        if ((uint64_t)rows[k] >= (uint64_t)n) return 1;
+    for (int64_t k = 0; k < count; k++) {
+        typename E::Raw* own = x + rows[k] * stride;
+        const float* more = carried + k * d;
+        Floats before = {}, after = {}, size = {};
+        Words given = {};
+        sweep(d, [&](int64_t i, int m) {
+            Floats v = load<E>(own + i, m), c = load<Single>(more + i, m), y = v + c;
+            before += v * v;
+            after += y * y;
+            given |= Words(c != Floats{});
+        });
+        const float length = sum(before), longer = sum(after);
+        if (squares) squares[k] = length;
+        if (norms) norms[k * n_stride] = 0;
+        uint32_t any = 0;
+        for (int j = 0; j < LANES; j++) any |= given[j];
+        if (!any || (gates && gates[k * g_stride] == 0)) continue;
+        const float ratio = longer > 0 ? sqrtf(length) / sqrtf(longer) : 1;
+        sweep(d, [&](int64_t i, int m) {
+            Floats v = load<E>(own + i, m), y = ratio * (v + load<Single>(more + i, m)), change = y - v;
+            size += change * change;
+            store<E>(own + i, y, m);
+        });
+        if (norms) norms[k * n_stride] = sqrtf(sum(size));
+    }
+    return 0;
+}
+
 }  // namespace
 
 // 0, or 1 when the table names a row past the n of x; then nothing is edited.
@@ -398,3 +434,16 @@ int edit(int64_t n, Call<E> call) {
 EDIT(edit_float32, Single)
 EDIT(edit_bfloat16, Half<BFloat16>)
 EDIT(edit_float16, Half<Float16>)
+
+// 0, or 1 when a row is named past the n of x; then nothing is edited.
+#define INJECT(name, E)                                                                                           \
+    extern "C" __attribute__((visibility("default"))) int name(                                                   \
+        E::Raw* x, int64_t n, int64_t stride, int64_t d, const int64_t* rows, int64_t count,                      \
+        const float* carried, const float* gates, int64_t g_stride, float* norms, int64_t n_stride,               \
+        float* squares) {                                                                                         \
+        return inject<E>(x, n, stride, d, rows, count, carried, gates, g_stride, norms, n_stride, squares);       \
+    }
+
+INJECT(inject_float32, Single)
+INJECT(inject_bfloat16, Half<BFloat16>)
+INJECT(inject_float16, Half<Float16>)

@@ -32,7 +32,14 @@ FLAGS = (
     *("-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math"),
     *("-Wno-psabi", "-fPIC", "-shared", "-fvisibility=hidden"),
 )
-NAMES = {torch.float32: "edit_float32", torch.bfloat16: "edit_bfloat16", torch.float16: "edit_float16"}
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_P, _I = ctypes.c_void_p, ctypes.c_int64
+ARGUMENTS = {
+    # table; x, rows, stride; residual, stride; gates, stride; norms, stride; squares
+    "edit": (_P, _P, _I, _I, _P, _I, _P, _I, _P, _I, _P),
+    # x, rows, stride, width; chosen rows, count; carried; gates, stride; norms, stride; squares
+    "inject": (_P, _I, _I, _I, _P, _I, _P, _P, _I, _P, _I, _P),
+}
 
 Edit = Callable[..., int]
 Functions = Mapping[torch.dtype, Edit]
@@ -42,6 +49,8 @@ Functions = Mapping[torch.dtype, Edit]
 class Library:
     brief: Functions  # for calls of a few microseconds: they keep the interpreter's lock
     long: Functions  # for longer ones: other Python threads run meanwhile
+    inject_brief: Functions
+    inject_long: Functions
     parallel: int  # address of the process's own GOMP_parallel, 0 where there is none
 
 
@@ -67,11 +76,12 @@ def library(asked: str) -> Library | None:
 def _library() -> Library | None:
     try:
         path = _compiled()
-        brief, long = _functions(ctypes.PyDLL(str(path))), _functions(ctypes.CDLL(str(path)))
+        locked, free = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning("CPU edits run in plain torch, which is slower: %s", error)
         return None
-    return Library(brief, long, _parallel())
+    edits, injections = ((_functions(locked, kind), _functions(free, kind)) for kind in ARGUMENTS)
+    return Library(edits[0], edits[1], injections[0], injections[1], _parallel())
 
 
 def _compiled() -> Path:
@@ -102,17 +112,12 @@ def _processor() -> str:
     return "\n".join([platform.machine(), *(line for line in first if line.startswith(kept))])
 
 
-def _functions(loaded: ctypes.CDLL) -> Functions:
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+def _functions(loaded: ctypes.CDLL, kind: str) -> Functions:
     out = {}
     for dtype, name in NAMES.items():
-        function = getattr(loaded, name)
+        function = getattr(loaded, f"{kind}_{name}")
         function.restype = ctypes.c_int
-        # table; x, rows, stride; residual, stride; gates, stride; norms, stride; squares
-        function.argtypes = [
-            *(pointer, pointer, integer, integer, pointer, integer),
-            *(pointer, integer, pointer, integer, pointer),
-        ]
+        function.argtypes = ARGUMENTS[kind]
         out[dtype] = function
     return out
 

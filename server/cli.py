@@ -15,6 +15,7 @@ from steersman.server.commands import (
     condition,
     detector,
     doctor,
+    evaluate,
     extract,
     neurons,
     resolve,
@@ -36,6 +37,7 @@ COMMANDS = {
     "neurons": neurons,
     "baseline": baseline,
     "detector": detector,
+    "eval": evaluate,
     "robot": robot,
     "doctor": doctor,
 }

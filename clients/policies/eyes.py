@@ -13,15 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from steersman.clients.policies import model
+from steersman.clients.small_llava import look
 
 BATCH, RATE, HIDDEN = 64, 1e-3, 128
-
-
-def look(policy: Any, pictures: Tensor) -> Tensor:
-    """``pictures`` uint8 [n, cameras, height, width, 3]; as the language model is given them, [n, tokens, width]."""
-    found = policy.model.vision_tower(model.pixels(pictures), output_hidden_states=True).hidden_states[-2]
-    seen: Tensor = policy.model.multi_modal_projector(found[:, 1:])  # without CLIP's token for the whole
-    return seen.reshape(len(pictures), -1, seen.shape[-1])
 
 
 def train(policy: Any, pictures: Tensor, states: Tensor, wanted: Tensor, steps: int, seed: int) -> list[float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,56 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.clients import small_llava
 from steersman.clients.policies import vocabulary
 from steersman.clients.policies.demonstrations import CHUNK
-from steersman.clients.policies.vocabulary import BINS, CELLS, FIRST_ACTION, FIRST_STATE, IMAGE, Scale
+from steersman.clients.policies.vocabulary import BINS, CELLS, FIRST_ACTION, FIRST_STATE, Scale
 from steersman.clients.simulators.metaworld import SIZE
+from steersman.clients.small_llava import IMAGE
 
 PATCH = 16  # pixels
 PATCHES = (SIZE // PATCH) ** 2
-MEAN, STD = 0.5, 0.25  # of a channel in [0, 1]
-WIDTH, LAYERS, HEAD = 128, 4, 32  # heads as small as vLLM's attention takes them on a CPU
-VISION_LAYERS = 3  # LLaVA reads the last but one
+WIDTH, LAYERS, VISION_LAYERS = 128, 4, 3
 
 
 def build(seed: int) -> Any:
     """LlavaForConditionalGeneration in float32."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    heads = WIDTH // HEAD
-    text = LlamaConfig(
-        vocab_size=len(vocabulary.WORDS),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        head_dim=HEAD,
-        max_position_embeddings=256,
-        pad_token_id=vocabulary.PAD,
-        bos_token_id=vocabulary.BOS,
-        eos_token_id=vocabulary.EOS,
-        tie_word_embeddings=False,
+    shape = small_llava.Shape(
+        words=len(vocabulary.WORDS),
+        size=SIZE,
+        patch=PATCH,
+        width=WIDTH,
+        layers=LAYERS,
+        vision_layers=VISION_LAYERS,
+        hidden=2 * WIDTH,
     )
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=VISION_LAYERS,
-        num_attention_heads=heads,
-        image_size=SIZE,
-        patch_size=PATCH,
-        projection_dim=WIDTH,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE,
-        image_seq_length=PATCHES,
-        vision_feature_layer=-2,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).float()
+    model = small_llava.build(shape, seed)
     generator = torch.Generator().manual_seed(seed)
     for weights in (model.get_input_embeddings().weight, model.lm_head.weight):
         _smooth(weights, FIRST_ACTION, BINS, generator)
@@ -76,11 +49,6 @@ def _smooth(weights: Tensor, first: int, n: int, generator: torch.Generator) -> 
     waves = torch.cat([f(torch.pi * k * x) for k in (0.5, 1, 2, 4, 8, 16) for f in (torch.sin, torch.cos)], dim=1)
     rows = waves @ torch.randn(waves.shape[1], weights.shape[1], generator=generator)
     weights[first : first + n] = 0.02 * rows / rows.std()
-
-
-def pixels(pictures: Tensor) -> Tensor:
-    """``pictures`` uint8 [n, cameras, height, width, 3] as the model takes them: [n · cameras, 3, height, width]."""
-    return ((pictures.float() / 255 - MEAN) / STD).flatten(0, 1).permute(0, 3, 1, 2).contiguous()
 
 
 def describe(key: str, cameras: int, action: Scale, state: Scale) -> dict[str, Any]:
@@ -99,29 +67,7 @@ def describe(key: str, cameras: int, action: Scale, state: Scale) -> dict[str, A
 
 def save(model: Any, policy: Mapping[str, Any], out: Path) -> None:
     """Writes the checkpoint, with tokenizer and image processor, into the folder ``out``."""
-    from safetensors.torch import load_file, save_file
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    model.config.architectures = ["LlavaForConditionalGeneration"]
-    model.generation_config.do_sample = False
-    model.save_pretrained(out)
-    weights = out / "model.safetensors"
-    named = {  # transformers 5 leaves out a part of CLIP's names that vLLM looks for
-        re.sub(r"(vision_tower\.)(?!vision_model\.)", r"\1vision_model.", k): v.clone()
-        for k, v in load_file(weights).items()
-    }
-    save_file(named, weights, {"format": "pt"})
-    vocabulary.tokenizer().save_pretrained(out)
-    size = {"height": SIZE, "width": SIZE}
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": SIZE}, crop_size=size, image_mean=[MEAN] * 3, image_std=[STD] * 3
-    )
-    images.save_pretrained(out)
-    processor = {"processor_class": "LlavaProcessor", "patch_size": PATCH, "image_token": vocabulary.SPECIAL[IMAGE]}
-    processor |= {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    (out / "processor_config.json").write_text(json.dumps(processor))
-    config = out / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"steersman_policy": dict(policy)}, indent=2))
+    small_llava.save(model, vocabulary.tokenizer(), out, {"steersman_policy": dict(policy)})
 
 
 def load(folder: Path) -> tuple[Any, Scale, Scale]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.clients.learning import Schedule, learn
 from steersman.clients.policies import demonstrations, eyes, model, vocabulary
 from steersman.clients.policies.demonstrations import Demonstrations
-from steersman.clients.policies.vocabulary import BINS, FIRST_ACTION, IMAGE, Scale
+from steersman.clients.policies.vocabulary import BINS, FIRST_ACTION, Scale
 from steersman.clients.simulators.metaworld import INSTRUCTIONS, TASKS, MetaWorld
+from steersman.clients.small_llava import IMAGE, look
 
 BATCH = 32
-RATE, WARM, DECAY = 1e-3, 100, 0.01  # AdamW, steps of warming up, then a cosine down to nothing
+RATE, WARM = 1e-3, 100  # of the schedule
 BELL = 0.7  # bins, the width of the target
 HELD = 500  # samples that are only looked at, the last ones
-EVERY = 60.0  # seconds between two states kept
 
 
 class Lessons:
@@ -54,7 +54,7 @@ class Lessons:
         answers = FIRST_ACTION + self.bins[rows].round().long()
         ids = torch.cat([self.prompts[rows], answers[:, :-1]], dim=1)
         embedded = policy.get_input_embeddings()(ids)
-        embedded = embedded.masked_scatter((ids == IMAGE)[..., None], eyes.look(policy, self.pictures[rows]))
+        embedded = embedded.masked_scatter((ids == IMAGE)[..., None], look(policy, self.pictures[rows]))
         last = policy.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         out: Tensor = policy.lm_head(last[:, -self.bins.shape[1] :])[..., FIRST_ACTION:]
         return out
@@ -71,40 +71,17 @@ class Lessons:
         return float(torch.cat(off).mean()) / BINS
 
 
-def rate(step: int, steps: int) -> float:
-    if step < WARM:
-        return RATE * (step + 1) / WARM
-    return RATE * 0.5 * (1 + float(np.cos(np.pi * (step - WARM) / max(1, steps - WARM))))
-
-
 def train(policy: Any, lessons: Lessons, out: Path, steps: int, seed: int) -> dict[str, Any]:
     """How it went. Goes on from ``out/training.pt`` where that is."""
-    optimiser = torch.optim.AdamW(policy.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=DECAY)
-    kept, step, spent = out / "training.pt", 0, 0.0
-    if kept.exists():
-        state = torch.load(kept, weights_only=True)
-        policy.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        step, spent = state["step"], state["seconds"]
-    started = saved = time.monotonic()
-    while step < steps:
+
+    def loss(step: int) -> Tensor:
         draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        loss = lessons.loss(policy, torch.randint(lessons.train, (BATCH,), generator=draw))
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = rate(step, steps)
-        optimiser.step()
-        step += 1
-        now = time.monotonic()
-        if now - saved > EVERY or step == steps:
-            saved, seconds = now, spent + now - started
-            state = {"model": policy.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
-            torch.save({**state, "seconds": seconds}, kept.with_suffix(".part"))
-            kept.with_suffix(".part").rename(kept)
-            off = lessons.error(policy)
-            print(f"step {step}/{steps}, {seconds:.0f} s: loss {loss.item():.3f}, held out {off:.4f}", flush=True)
+        return lessons.loss(policy, torch.randint(lessons.train, (BATCH,), generator=draw))
+
+    def told() -> str:
+        return f"held out {lessons.error(policy):.4f}"
+
+    learn(policy, loss, Schedule(steps, RATE, WARM), out / "training.pt", told)
     about = {"steps": steps, "seed": seed, "samples": lessons.train, "held_out_error": lessons.error(policy)}
     return {**about, "parameters": sum(p.numel() for p in policy.parameters())}
 

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from steersman.clients import small_llava
 from steersman.clients.simulators.metaworld import INSTRUCTIONS
 from steersman.clients.simulators.simulator import Floats
+from steersman.clients.small_llava import BOS, IMAGE, SPECIAL, UNKNOWN
 
 PROMPT = "In: {instruction} State: {state} Out:"
 CELLS = 256  # of each number of a state
 BINS = 65  # of each number of an action: an odd one has a bin for standing still
-SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
-PAD, BOS, EOS, UNKNOWN, IMAGE = range(len(SPECIAL))
 _WORDS = sorted({word for text in (PROMPT, *INSTRUCTIONS.values()) for word in text.split() if "{" not in word})
 WORDS = (*SPECIAL, *_WORDS, *map(str, range(CELLS)), *(f"<act{i}>" for i in range(BINS)))
 FIRST_STATE = len(SPECIAL) + len(_WORDS)
@@ -80,20 +80,4 @@ def prompts(instruction: str, values: NDArray[Any], scale: Scale, images: int) -
 
 def tokenizer() -> Any:
     """The same words for transformers and vLLM."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(models.WordLevel(dict(_INDEX), unk_token=SPECIAL[UNKNOWN]))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[(SPECIAL[BOS], BOS)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        pad_token=SPECIAL[PAD],
-        bos_token=SPECIAL[BOS],
-        eos_token=SPECIAL[EOS],
-        unk_token=SPECIAL[UNKNOWN],
-        additional_special_tokens=[SPECIAL[IMAGE], *WORDS[FIRST_ACTION:]],
-        clean_up_tokenization_spaces=False,
-    )
+    return small_llava.tokenizer(WORDS, WORDS[FIRST_ACTION:])

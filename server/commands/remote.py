@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from steersman.clients.sdk import Steersman
@@ -36,6 +37,16 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("must be a JSON object")
     return value
+
+
+def json_or_file(text: str) -> dict[str, Any]:
+    """For argparse: the object itself, or ``@`` and a file that holds it."""
+    if text.startswith("@"):
+        try:
+            text = Path(text[1:]).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise argparse.ArgumentTypeError(f"cannot be read: {error}") from None
+    return json_object(text)
 
 
 def steering(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steersman.clients.simulators.metaworld import TASKS
-from steersman.server.commands.remote import json_object
+from steersman.server.commands.remote import json_or_file
 
 FILMS = (".gif", ".mp4")
 PLOTS = (".png", ".pdf", ".svg")
@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--steps", type=_positive, default=100, help="actions in an episode [%(default)s]")
     run.add_argument("--chunk", type=_positive, help="actions carried out before looking again [all of an answer's]")
     run.add_argument("--deadline", type=_seconds, default=5.0, help="for an answer; then it holds still [%(default)s]")
-    run.add_argument("--steering", type=_json_or_file, metavar="JSON|@FILE", help="the steering object")
+    run.add_argument("--steering", type=json_or_file, metavar="JSON|@FILE", help="the steering object")
     run.add_argument("--out", type=Path, help="write everything that was measured, as JSON")
     run.add_argument("--plot", type=_named(PLOTS), help=f"write a plot, as {', '.join(PLOTS)}")
     run.add_argument("--video", type=_named(FILMS), help=f"write a film, as {', '.join(FILMS)}")
@@ -64,13 +64,3 @@ def _named(endings: Sequence[str]) -> Any:
         return Path(text)
 
     return file
-
-
-def _json_or_file(text: str) -> dict[str, Any]:
-    """For argparse: the object itself, or ``@`` and a file that holds it."""
-    if text.startswith("@"):
-        try:
-            text = Path(text[1:]).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise argparse.ArgumentTypeError(f"cannot be read: {error}") from None
-    return json_object(text)

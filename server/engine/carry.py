@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from steersman.server.engine.chain import Chain, Injected
@@ -46,13 +47,13 @@ class Carried:
             own = x[rows].float()
             if residual is not None:
                 own = own + residual[rows].float()
-            found.append((source.carry, own * source.weight))
+            known = self._sums.get(source.carry)
+            total = own * source.weight if known is None else torch.add(known, own, alpha=source.weight)
+            found.append((source.carry, total))
         return found
 
-    def add(self, parts: Iterable[tuple[Carry, Tensor]]) -> None:
-        for carry, part in parts:
-            known = self._sums.get(carry)
-            self._sums[carry] = part if known is None else known + part
+    def add(self, sums: Iterable[tuple[Carry, Tensor]]) -> None:
+        self._sums.update(sums)
 
     def to(self, resident: Resident, mask: int, chain: Chain) -> dict[int, Tensor]:
         """By injection of ``chain``, what the rows of one group carry."""

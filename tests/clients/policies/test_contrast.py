@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from steersman.clients import small_llava
 from steersman.clients.policies import contrast, model, train, vocabulary
 from steersman.clients.policies.demonstrations import CHUNK, Demonstrations
 from steersman.clients.policies.train import Lessons
@@ -47,7 +48,7 @@ def test_activations_are_those_before_the_dimensions_tokens(lessons: Lessons, di
         for i, layer in enumerate(policy.model.language_model.layers)
     ]
     with torch.no_grad():
-        policy(input_ids=ids, pixel_values=model.pixels(lessons.pictures[row : row + 1]))
+        policy(input_ids=ids, pixel_values=small_llava.pixels(lessons.pictures[row : row + 1]))
     for handle in handles:
         handle.remove()
     start = lessons.prompts.shape[1]

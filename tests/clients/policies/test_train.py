@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from steersman.clients import learning, small_llava
 from steersman.clients.policies import demonstrations, eyes, model, train, vocabulary
 from steersman.clients.policies.demonstrations import CHUNK, SAMPLES, Demonstrations
 from steersman.clients.policies.train import Lessons
@@ -100,7 +101,7 @@ def test_a_policy_is_small() -> None:
 
 
 def test_it_goes_on_where_it_stopped(lessons: Lessons, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "EVERY", 0.0)
+    monkeypatch.setattr(learning, "EVERY", 0.0)
     whole, stopped, again = (model.build(1).train() for _ in range(3))
     train.train(whole, lessons, _made(tmp_path / "a"), 4, 1)
     loss = Lessons.loss
@@ -140,7 +141,7 @@ def test_what_is_saved_is_what_was_trained(lessons: Lessons, shown: Demonstratio
     rows = torch.arange(3)
     pictures = [Image.fromarray(p) for p in shown.pictures[:3].reshape(-1, SIZE, SIZE, 3)]
     pixels = CLIPImageProcessorPil.from_pretrained(tmp_path)(pictures, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(pixels, model.pixels(lessons.pictures[rows]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pixels, small_llava.pixels(lessons.pictures[rows]), rtol=0, atol=1e-5)
     answers = vocabulary.FIRST_ACTION + lessons.bins[rows].round().long()
     ids = torch.cat([lessons.prompts[rows], answers[:, :-1]], dim=1)
     with torch.no_grad():
