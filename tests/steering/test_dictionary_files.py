@@ -170,6 +170,20 @@ def test_the_later_llama_scopes_have_a_threshold_for_each_feature() -> None:
     assert torch.equal(one.tensors["threshold"], torch.tensor(-0.5).exp().expand(M))
 
 
+def test_gemma_scopes_of_the_embedding_are_scaled() -> None:
+    own, scale = tensors(), D**-0.5
+    state = {"W_enc": own["encoder"].T.contiguous(), "W_dec": own["decoder"]}
+    state |= {name: own[name] for name in ("b_enc", "b_dec", "threshold")}
+    made = read(state, {"input_scale": scale}, format="gemma_scope", hook_name="hook_embed")
+    x = torch.randn(50, D, generator=torch.Generator().manual_seed(3)) / scale
+    p = (x @ own["encoder"].T) * scale + own["b_enc"]
+    acts = torch.where(p > own["threshold"].clamp_min(0), p, 0)
+    torch.testing.assert_close(dictionaries.encode(made, x), acts, rtol=0, atol=1e-5)
+    torch.testing.assert_close(dictionaries.writes(made, [3]), own["decoder"][3:4] / scale)
+    assert isinstance(made.meta, DictionaryMeta)
+    assert (made.meta.layer, made.meta.site) == (0, "resid_pre")
+
+
 def test_goodfires_names_no_place() -> None:
     own = tensors()
     state = {"encoder_linear.weight": own["encoder"], "encoder_linear.bias": own["b_enc"]}
