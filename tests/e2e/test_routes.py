@@ -325,7 +325,7 @@ def test_a_direction_is_selected_by_what_it_does(server: Server) -> None:
         )
         return {e["token"]: e["logprob"] for e in answer.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
 
-    likely = [next(iter(top(prompt, []))) for (prompt,) in asks.values()]
+    likely = list(dict.fromkeys(next(iter(top(prompt, []))) for (prompt,) in asks.values()))
     limits = {"max_kl": 1e3, "min_induce": -1e3, "last_share": 0.0}
     job = {"kind": "select", "vectors": ["calm-sea"], **asks, "tokens": likely, "scale": 3.0, **limits}
     result = follow(admin(server), job, every=0.1)
