@@ -50,11 +50,16 @@ def scalar_map(t: Tensor, block: Block) -> Tensor:
     return torch.where(active, step, torch.zeros_like(step)) if block.only_if_active else step
 
 
+def row_sums(x: Tensor) -> Tensor:
+    """Σ of each row of x [n, d]. PyTorch splits a long row that is alone among its threads, which changes its bits."""
+    return x.sum(-1) if len(x) != 1 else torch.cat([x, x]).sum(-1)[:1]
+
+
 def project(x: Tensor, rows: Tensor) -> Tensor:
     """x·rowsᵀ, [n, k], one row at a time."""
     if rows.shape[0] == 0:
         return x.new_zeros(x.shape[0], 0)
-    return torch.stack([(x * row).sum(-1) for row in rows.to(x)], dim=1)
+    return torch.stack([row_sums(x * row) for row in rows.to(x)], dim=1)
 
 
 def _recur(
@@ -100,7 +105,7 @@ def _edit_columns(x: Tensor, program: Program, gates: Tensor | None, norms: Tens
         moved = torch.zeros_like(new).index_add_(1, columns, step)
         new += moved
         if norms is not None:
-            norms[:, i] = reduce(moved.square().sum(-1)).sqrt()
+            norms[:, i] = reduce(row_sums(moved.square())).sqrt()
     return new - x
 
 
@@ -138,7 +143,7 @@ class _Norm:
     """‖α·x + Wᵀc‖ from x's own norm and Gram matrices, without forming the vector."""
 
     def __init__(self, x: Tensor, program: Program, reduce: Reduce) -> None:
-        self.xx = reduce((x * x).sum(-1))
+        self.xx = reduce(row_sums(x * x))
         self.wx = reduce(project(x, program.writes))
         self.ww = program.writes_of_writes.to(x)
 

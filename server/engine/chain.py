@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steersman.kernels.program import Block, Program
-from steersman.kernels.reference import Reduce, edit
+from steersman.kernels.reference import Reduce, edit, row_sums
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def in_turn(
     Returns the change [n, d], and [n, n_blocks] ‖Δx‖/‖x‖ of each part after the limit.
     """
     parts: Sequence[Program | Injected] = program.parts if isinstance(program, Chain) else singles(program)
-    square = (x * x).sum(-1)
+    square = row_sums(x * x)
     length = (square if reduce is None else reduce(square)).sqrt().clamp_min(1e-30)
     stream, sizes = x.clone(), x.new_zeros(len(x), len(parts))
     for i, part in enumerate(parts):
@@ -89,13 +89,13 @@ def _inject(
     if carried is None or (part.gate >= 0 and gates is None):
         raise ValueError("an injection needs what is carried to it, and a gated one its gates")
     y = x + carried[part.index]
-    before, after = (x * x).sum(-1).sqrt(), (y * y).sum(-1).sqrt()
+    before, after = row_sums(x * x).sqrt(), row_sums(y * y).sqrt()
     ratio = torch.where(after > 0, before / after, 1)
     change = y * ratio[:, None] - x
     if part.gate >= 0:
         assert gates is not None
         change = change * gates[:, part.gate, None].to(change)
-    return change, (change * change).sum(-1).sqrt()
+    return change, row_sums(change * change).sqrt()
 
 
 def singles(program: Program) -> list[Program]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.kernels.reference import row_sums
 from steersman.server.engine.captures import Capture, Wanted
 from steersman.server.engine.resident import Resident
 from steersman.server.engine.signals import Signals
@@ -88,9 +89,9 @@ class GateState:
             value = self.read.encode(x)[:, 0]
         else:
             assert self.read.direction is not None, "a gate reads a direction or encodes"
-            value = (x * self.read.direction.to(x.device)).sum(-1)
+            value = row_sums(x * self.read.direction.to(x.device))
         if self.read.measure == "cosine":
-            value = value / (x * x).sum(-1).sqrt().clamp_min(1e-30)
+            value = value / row_sums(x * x).sqrt().clamp_min(1e-30)
         if self.read.activation is not None:
             value = self.read.activation(value)
         ok = torch.ones_like(value, dtype=torch.bool)
