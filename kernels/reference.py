@@ -42,9 +42,9 @@ def edit(
 
 def read(x: Tensor, reading: Reading) -> Tensor:
     """[n] what ``reading`` is of each row of ``x`` [n, d]."""
-    value = (x * reading.direction.to(x)).sum(-1)
+    value = row_sums(x * reading.direction.to(x))
     if reading.cosine:
-        value = value / (x * x).sum(-1).sqrt().clamp_min(1e-30)
+        value = value / row_sums(x * x).sqrt().clamp_min(1e-30)
     value = value + reading.bias
     return value if reading.threshold is None else torch.where(value > reading.threshold, value, 0)
 
@@ -67,7 +67,7 @@ def within(value: Tensor, above: float | None, below: float | None) -> Tensor:
 def inject(x: Tensor, carried: Tensor) -> Tensor:
     """[n, d] the change of ``x`` [n, d] to y = x + carried at the length of x: zero where nothing is carried."""
     y = x + carried
-    before, after = (x * x).sum(-1).sqrt(), (y * y).sum(-1).sqrt()
+    before, after = row_sums(x * x).sqrt(), row_sums(y * y).sqrt()
     ratio = torch.where(after > 0, before / after, 1)
     return y * ratio[:, None] - x
 
@@ -82,11 +82,16 @@ def scalar_map(t: Tensor, block: Block) -> Tensor:
     return torch.where(active, step, torch.zeros_like(step)) if block.only_if_active else step
 
 
+def row_sums(x: Tensor) -> Tensor:
+    """Σ of each row of x [n, d]. PyTorch splits a long row that is alone among its threads, which changes its bits."""
+    return x.sum(-1) if len(x) != 1 else torch.cat([x, x]).sum(-1)[:1]
+
+
 def project(x: Tensor, rows: Tensor) -> Tensor:
     """x·rowsᵀ, [n, k], one row at a time."""
     if rows.shape[0] == 0:
         return x.new_zeros(x.shape[0], 0)
-    return torch.stack([(x * row).sum(-1) for row in rows.to(x)], dim=1)
+    return torch.stack([row_sums(x * row) for row in rows.to(x)], dim=1)
 
 
 def _recur(
@@ -132,7 +137,7 @@ def _edit_columns(x: Tensor, program: Program, gates: Tensor | None, norms: Tens
         moved = torch.zeros_like(new).index_add_(1, columns, step)
         new += moved
         if norms is not None:
-            norms[:, i] = reduce(moved.square().sum(-1)).sqrt()
+            norms[:, i] = reduce(row_sums(moved.square())).sqrt()
     return new - x
 
 
@@ -170,7 +175,7 @@ class _Norm:
     """‖α·x + Wᵀc‖ from x's own norm and Gram matrices, without forming the vector."""
 
     def __init__(self, x: Tensor, program: Program, reduce: Reduce) -> None:
-        self.xx = reduce((x * x).sum(-1))
+        self.xx = reduce(row_sums(x * x))
         self.wx = reduce(project(x, program.writes))
         self.ww = program.writes_of_writes.to(x)
 

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from steersman.clients.calibration import calibrate, save
 from steersman.clients.calibration_rules import CalibrationError
 from steersman.clients.calibration_spec import CalibrationSpec
-from steersman.clients.scorers import Regex, Scorer
+from steersman.clients.scorers import Classifier, Regex, Scorer
 from steersman.server.jobs import Progress, Work
 from steersman.server.state import state_of
 from steersman.steering.errors import InvalidRequest, located
@@ -35,6 +35,8 @@ class CalibrateSpec(CalibrationSpec):
     def _quick(cls, scorer: Scorer) -> Scorer:
         if isinstance(scorer, Regex):  # matching holds up the whole process, for as long as the pattern likes
             raise ValueError("a job takes no regex; steersman calibrate --regex matches on its own side")
+        if isinstance(scorer, Classifier):  # whose folder the server would read, and which runs beside the model
+            raise ValueError("a job takes no classifier; steersman calibrate --classifier runs it on its own side")
         return scorer
 
     @property

@@ -16,7 +16,7 @@
     │   ├── OutOfRange                400  out_of_range            a finite number beyond its bounds
     │   ├── InlineMalformed           400  inline_malformed        inline data whose bytes do not fit its shape
     │   ├── UploadMalformed           400  upload_malformed        an uploaded file that cannot be read
-    │   ├── FeatureUnreadable         400  feature_unreadable      its activation takes more than a row of its encoder
+    │   ├── FeatureUnreadable         400  feature_unreadable      its activation cannot be told where it is asked for
     │   ├── GateOrder                 400  gate_order              a gate read after the edit that it decides
     │   ├── TooManyInterventions      400  too_many_interventions  more edits than a plan may hold
     │   └── DosageExceeded            400  dosage_exceeded         an edit larger than the server allows

@@ -37,8 +37,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     scorer = parser.add_mutually_exclusive_group(required=True)
     scorer.add_argument("--lexicon", choices=sorted(LEXICONS), help="score answers by word lists")
     scorer.add_argument("--regex", metavar="PATTERN", help="score answers by whether they match")
+    scorer.add_argument("--classifier", metavar="FOLDER", help="score by a Hugging Face text classifier; with --label")
     scorer.add_argument("--tokens", nargs="+", metavar="TOKEN", help="score by the first token's probability")
     parser.add_argument("--count", action="store_true", help="with --regex: count the matches")
+    parser.add_argument("--label", help="with --classifier: whose probability is the score")
     parser.add_argument("--decrease", action="store_true", help="the score is to fall")
     parser.add_argument("--layers", type=_integers, metavar="4,8", help="[all of the vector's]")
     parser.add_argument("--scales", type=_numbers, default=[], metavar="0.5,1")
@@ -120,10 +122,14 @@ def _spec(args: argparse.Namespace) -> CalibrationSpec:
         scorer = {"by": "lexicon", "name": args.lexicon}
     elif args.regex is not None:
         scorer = {"by": "regex", "pattern": args.regex, "count": args.count}
+    elif args.classifier is not None:
+        scorer = {"by": "classifier", "folder": args.classifier, "label": args.label}
     else:
         scorer = {"by": "tokens", "tokens": args.tokens}
     if args.count and args.regex is None:
         raise ValueError("--count goes with --regex")
+    if (args.label is None) != (args.classifier is None):
+        raise ValueError("--label and --classifier go together")
     fields = {
         "vector": args.vector,
         "prompts": read_examples(args.prompts, "prompts"),

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from steersman.kernels.program import Block, Program
-from steersman.kernels.reference import Reduce, edit, inject
+from steersman.kernels.reference import Reduce, edit, inject, row_sums
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def in_turn(
     Returns the change [n, d], and [n, n_blocks] ‖Δx‖/‖x‖ of each part after the limit.
     """
     parts: Sequence[Program | Injected] = program.parts if isinstance(program, Chain) else singles(program)
-    square = (x * x).sum(-1)
+    square = row_sums(x * x)
     length = (square if reduce is None else reduce(square)).sqrt().clamp_min(1e-30)
     stream, sizes = x.clone(), x.new_zeros(len(x), len(parts))
     for i, part in enumerate(parts):
@@ -91,7 +91,7 @@ def _inject(
     if part.gate >= 0:
         assert gates is not None
         change = change * gates[:, part.gate, None].to(change)
-    return change, (change * change).sum(-1).sqrt()
+    return change, row_sums(change * change).sqrt()
 
 
 def singles(program: Program) -> list[Program]:

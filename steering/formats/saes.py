@@ -37,7 +37,10 @@ _OWN: Final = ("format", "config", "hook_name", "labels")  # fields that are no 
 
 
 def gemma_scope(tensors: Tensors, config: Config) -> Parts:
-    """JumpReLU with a threshold for each feature; b_dec is not taken from the input."""
+    """JumpReLU with a threshold for each feature; b_dec is not taken from the input.
+
+    Those of Gemma's embedding were trained before the model multiplies it by √d: give 1/√d as `config.input_scale`.
+    """
     tensors = {re.sub(r"^w_", "W_", name): tensor for name, tensor in tensors.items()}
     transcoder = "affine_skip_connection" in tensors
     skip = {"affine_skip_connection": "skip"} if transcoder else {}
@@ -49,6 +52,8 @@ def gemma_scope(tensors: Tensors, config: Config) -> Parts:
         **{ours: matrix(tensors, theirs) for theirs, ours in skip.items()},
     }
     meta: dict[str, Any] = {"architecture": "jumprelu"}
+    if "input_scale" in config:
+        meta["input_scale"] = stated_scale(config)
     if transcoder:
         meta |= {"site": Site.MLP_OUT.value, "read_site": MLP_IN}
     return Parts(meta, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ import torch
 from openai import BadRequestError, OpenAI
 
 from steersman.clients import conditions
+from steersman.clients.jobs import follow
 from steersman.clients.sdk import Steersman, SteersmanError
+from steersman.clients.selection import log_odds
 from steersman.steering.assets import Asset, parse_metadata
 from steersman.steering.conditions import holds, scores
 from steersman.steering.formats import native
@@ -307,3 +310,42 @@ def test_the_command_line_talks_to_it(server: Server, capsys: pytest.CaptureFixt
     assert json.loads(capsys.readouterr().out)["interventions"][0]["op"] == "add"
     assert cli.main(["chat", "--server", server.url, "--add", "calm-sea=2", "--max-tokens", "5", "Where is it?"]) == 0
     assert "tokens edited" in capsys.readouterr().out
+
+
+def test_a_direction_is_selected_by_what_it_does(server: Server) -> None:
+    """Each layer's numbers are those of requests made by hand, and the choice is stored."""
+    plain, asks = {"default": False}, {"showing": ["Where is the ship?"], "others": ["Be kind."]}
+
+    def top(prompt: str, interventions: list[dict[str, Any]]) -> dict[str, float]:
+        turns = [{"role": "user", "content": prompt}]
+        asked = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
+        steering = {**plain, "interventions": interventions}
+        answer = server.post(
+            "/v1/chat/completions", {"model": "tiny", "messages": turns, **asked, "steering": steering}
+        )
+        return {e["token"]: e["logprob"] for e in answer.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+
+    likely = list(dict.fromkeys(next(iter(top(prompt, []))) for (prompt,) in asks.values()))
+    limits = {"max_kl": 1e3, "min_induce": -1e3, "last_share": 0.0}
+    job = {"kind": "select", "vectors": ["calm-sea"], **asks, "tokens": likely, "scale": 3.0, **limits}
+    result = follow(admin(server), job, every=0.1)
+    found = result["selection"]
+    assert [c["layer"] for c in found["candidates"]] == [1, 2]
+    for candidate in found["candidates"]:
+        layer = candidate["layer"]
+        without = [
+            {"op": "ablate", "vector": "calm-sea", "from_layer": layer, "site": site, "layers": layers}
+            for site, layers in (("resid_pre", [0]), ("attn_out", "all"), ("mlp_out", "all"))
+        ]
+        added = [{**ADD, "layers": [layer], "scale": 3.0}]
+        for name, prompt, edits in (("bypass", asks["showing"][0], without), ("induce", asks["others"][0], added)):
+            told = top(prompt, edits)
+            assert candidate[name] == pytest.approx(
+                log_odds(sum(math.exp(told.get(t, -100)) for t in likely)), abs=1e-3
+            )
+        assert candidate["kl"] > 0
+    best = min(found["candidates"], key=lambda c: c["bypass"])
+    (ref,) = result["assets"]
+    stored = server.http.get(f"/v1/steering/assets/{ref}").json()
+    assert (stored["layers"], stored["provenance"]["selection"]["selected"]) == ([best["layer"]], found["selected"])
+    assert server.http.delete(f"/v1/steering/assets/{ref}", headers={"X-Admin-Key": "secret"}).status_code == 200

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from steersman.kernels.program import Program, Rows
-from steersman.kernels.reference import edit
+from steersman.kernels.reference import edit, project, row_sums
 from steersman.steering import lower
 from steersman.steering.plan import linear_block
 from tests.kernels.programs import COLUMNAR, CONSTANT, draw, gates_of, naive, vector
@@ -101,6 +101,20 @@ def test_bits_do_not_depend_on_neighbours(seed: int) -> None:
     together = edit(x, program, gates)
     for i in range(9):
         assert torch.equal(together[i : i + 1], edit(x[i : i + 1], program, gates[i : i + 1]))
+
+
+def test_a_wide_row_alone_keeps_its_bits() -> None:
+    """From 32768 numbers on PyTorch would split one row among its threads."""
+    threads, generator = torch.get_num_threads(), torch.Generator().manual_seed(0)
+    x, rows = (torch.randn(4, 40_000, generator=generator).double() for _ in range(2))
+    try:
+        torch.set_num_threads(2)
+        together = project(x, rows)
+        for i in range(4):
+            assert torch.equal(project(x[i : i + 1], rows)[0], together[i])
+            assert torch.equal(row_sums(x[i : i + 1].float())[0], row_sums(x.float())[i])
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("kinds", [None, COLUMNAR, CONSTANT])

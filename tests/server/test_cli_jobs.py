@@ -177,6 +177,8 @@ def test_calibrate_recommends_nothing_that_it_cannot_stand_for(
     [
         (["--regex", "("], "scorer.*is not a regular expression"),
         (["--lexicon", "french", "--count"], "--count goes with --regex"),
+        (["--lexicon", "french", "--label", "x"], "--label and --classifier go together"),
+        (["--classifier", "nowhere", "--label", "x", "--scales", "1"], "nowhere holds no classifier"),
         (["--lexicon", "french", "--seeds", "1"], "seeds: "),
         (["--lexicon", "french", "--layers", "2", "--scales", "1"], "has nothing for"),
     ],

@@ -201,3 +201,18 @@ def test_coordinates_in_a_basis_set_one_and_leave_the_others() -> None:
     want: Tensor = before.clone()
     want[:, 1] = 2.5
     torch.testing.assert_close(after, want, rtol=0, atol=1e-5)
+
+
+def test_meta_features_compose_features(tmp_path: Path) -> None:
+    """A meta-SAE decodes another dictionary's rows: adding a meta-feature adds the features it is made of, together."""
+    features = load("standard", tmp_path)
+    mixture = torch.tensor([[0.0, 2.0, 0.0, 1.0], [1.0, 0.0, -1.0, 0.0]])  # of the first four features
+    meta = mixture @ features.tensors["decoder"][:4].float()
+    fields = {"name": "meta", "model": MODEL, "layer": 2, "site": "resid_post", "format": "basis"}
+    asset = dictionary_files.from_bytes(safetensors.torch.save({"W_dec": meta}), fields)
+    x = torch.randn(3, meta.shape[1], generator=torch.Generator().manual_seed(2))
+    length = float(meta[0].norm())
+    whole = lower.feature(0, dictionaries.writes(asset, [0]), None, "add", [length])
+    parts = lower.feature(0, dictionaries.writes(features, [1, 3]), None, "add", [2.0, 1.0])
+    got, want = (x + edit(x, Program((block,), x.shape[1])) for block in (whole, parts))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)

@@ -16,6 +16,8 @@ from steersman.steering.errors import InvalidRequest, NonFinite, SteeringError, 
 from steersman.steering.formats import dictionary_files, hook_names, uploads
 from tests.steering.small_dictionary import MODEL, SAELENS, D, M, lens, read, tensors
 
+SPARSIFY = Path(__file__).parents[1] / "data" / "sparsify"
+
 
 def test_a_sound_file_is_read() -> None:
     assert torch.equal(read(lens()).tensors["decoder"], tensors()["decoder"])
@@ -170,6 +172,20 @@ def test_the_later_llama_scopes_have_a_threshold_for_each_feature() -> None:
     assert torch.equal(one.tensors["threshold"], torch.tensor(-0.5).exp().expand(M))
 
 
+def test_gemma_scopes_of_the_embedding_are_scaled() -> None:
+    own, scale = tensors(), D**-0.5
+    state = {"W_enc": own["encoder"].T.contiguous(), "W_dec": own["decoder"]}
+    state |= {name: own[name] for name in ("b_enc", "b_dec", "threshold")}
+    made = read(state, {"input_scale": scale}, format="gemma_scope", hook_name="hook_embed")
+    x = torch.randn(50, D, generator=torch.Generator().manual_seed(3)) / scale
+    p = (x @ own["encoder"].T) * scale + own["b_enc"]
+    acts = torch.where(p > own["threshold"].clamp_min(0), p, 0)
+    torch.testing.assert_close(dictionaries.encode(made, x), acts, rtol=0, atol=1e-5)
+    torch.testing.assert_close(dictionaries.writes(made, [3]), own["decoder"][3:4] / scale)
+    assert isinstance(made.meta, DictionaryMeta)
+    assert (made.meta.layer, made.meta.site) == (0, "resid_pre")
+
+
 def test_goodfires_names_no_place() -> None:
     own = tensors()
     state = {"encoder_linear.weight": own["encoder"], "encoder_linear.bias": own["b_enc"]}
@@ -182,6 +198,20 @@ def test_goodfires_names_no_place() -> None:
     acts = (x @ own["encoder"].T + own["b_enc"]).relu()
     torch.testing.assert_close(dictionaries.encode(made, x), acts, rtol=0, atol=1e-5)
     torch.testing.assert_close(dictionaries.decode(made, acts, x), acts @ own["decoder"] + own["b_dec"])
+
+
+@pytest.mark.parametrize(("name", "where"), [("layers.2", (2, "resid_post")), ("layers.1.mlp", (1, "mlp_out"))])
+def test_sparsifys_own_files(name: str, where: tuple[int, str], tmp_path: Path) -> None:
+    """A dictionary and a transcoder that the library saved: the same activations and reconstructions as its own."""
+    expected = safetensors.torch.load_file(SPARSIFY / "expected.safetensors")
+    model = {"id": "tiny", "n_layers": 4, "d_model": 8}
+    made = dictionary_files.from_path(SPARSIFY / name, {"name": "sparse", "model": model}, tmp_path)
+    x, acts, out = (expected[f"{name}.{part}"] for part in ("x", "acts", "out"))
+    assert 0.05 < float((acts > 0).float().mean()) < 0.9
+    torch.testing.assert_close(dictionaries.encode(made, x), acts, rtol=0, atol=1e-4)
+    torch.testing.assert_close(dictionaries.decode(made, acts, x), out, rtol=0, atol=1e-4)
+    assert isinstance(made.meta, DictionaryMeta)
+    assert (made.meta.layer, made.meta.site, made.meta.read_site is not None) == (*where, name.endswith("mlp"))
 
 
 def test_a_fine_tuned_factor_is_folded_into_the_decoder() -> None:

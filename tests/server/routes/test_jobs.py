@@ -111,6 +111,7 @@ def test_unknown_jobs(http: TestClient) -> None:
         ({**CALIBRATE, "prompts": ["a"]}, 400, "prompts", "invalid_steering"),
         ({**CALIBRATE, "scorer": {"by": "regex", "pattern": "("}}, 400, "scorer.pattern", "invalid_steering"),
         ({**CALIBRATE, "scorer": {"by": "regex", "pattern": "x"}}, 400, "scorer", "invalid_steering"),
+        ({**CALIBRATE, "scorer": {"by": "classifier", "folder": "/", "label": "x"}}, 400, "scorer", "invalid_steering"),
         ({**CALIBRATE, "scorer": {"by": "mood"}}, 400, "scorer", "invalid_steering"),
         ({**CALIBRATE, "scorer": {**SCORER, "x": 1}}, 400, "scorer.x", "unknown_field"),
         ({**CALIBRATE, "seeds": 1}, 400, "seeds", "invalid_steering"),
