@@ -2,7 +2,9 @@
 
 ``forward`` of a decoder layer, and of the few children that make or read a site, is replaced on the
 instance, after the weights are loaded and before anything is traced. Traced by torch.compile, a wrapper leaves one
-call of the custom op ``steersman::edit`` per site, which writes into the activation and is opaque to the compiler.
+call of the custom op ``steersman::edit`` per site, which writes into the activation and is opaque to the compiler, and
+in the place of a norm that the kernel makes (:func:`fuse`) one of ``steersman::edit_and_norm``. Where Python runs the
+layers, wrappers are on them only for the passes that need them (:class:`Switch`).
 
 The contract with vLLM and torch: modules call ``self.forward``, which may be set on an instance; the
 activation that a hook receives is not read again in its old form by anybody else. From 0.32 a layer with

@@ -346,9 +346,10 @@ class Runtime:
 
     def apply(self, place: Place, x: Tensor, residual: Tensor | None = None) -> None:
         """Edits ``x`` [.., d] in place; the stream is ``x + residual`` where a residual is given."""
+        plain = self._layout.get(place) if self._plain else None
         try:
-            if self._plain and (table := self._layout[place].quick) is not None and x.dim() == 2:
-                table.apply(x, residual if table.reads else None)
+            if plain is not None and plain.quick is not None and x.dim() == 2:
+                plain.quick.apply(x, residual if plain.quick.reads else None)
                 return
             if x.dim() != 2:
                 x, residual = _flat(x), None if residual is None else _flat(residual)
@@ -358,7 +359,7 @@ class Runtime:
         except Exception as error:
             if self._capturing:
                 raise
-            concerned = self._edited_by(self._layout[place]) if self._plain else [o.state for o in self._owners]
+            concerned = [o.state for o in self._owners] if plain is None else self._edited_by(plain)
             fail(concerned, f"editing {place.name} failed: {error}")
 
     def normalise(self, norm: FusedNorm, x: Tensor, residual: Tensor) -> bool:
