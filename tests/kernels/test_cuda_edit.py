@@ -25,15 +25,19 @@ from tests.kernels.device_checks import (
     Batch,
     bits,
     check_bad_calls,
+    deal,
+    fill,
+)
+from tests.kernels.programs import COLUMNAR, CONSTANT, N_GATES, draw, gates_of, ops, vector
+from tests.kernels.row_checks import (
+    captured,
     check_gates,
     check_gates_hold_at_later_places,
     check_injection,
     check_injection_of_nothing,
     check_probes,
-    deal,
-    fill,
+    check_replays,
 )
-from tests.kernels.programs import COLUMNAR, CONSTANT, N_GATES, draw, gates_of, ops, vector
 
 SOME = [Program((), 72), *(draw(72, seed) for seed in range(4)), draw(72, 6, COLUMNAR), draw(72, 7, CONSTANT)]
 GPU = pytest.param(
@@ -243,6 +247,10 @@ def test_injections(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_injection_of_nothing(dtype: torch.dtype, device: str) -> None:
     check_injection_of_nothing(edit, device, dtype)
+
+
+def test_captured_launches_keep_what_later_plans_need(device: str) -> None:
+    check_replays(edit, device, captured if device == "cuda" else lambda launch: launch)
 
 
 # Probes

@@ -30,15 +30,19 @@ from tests.kernels.device_checks import (
     Batch,
     bits,
     check_bad_calls,
+    deal,
+    fill,
+)
+from tests.kernels.programs import COLUMNAR, CONSTANT, N_GATES, draw, ops, vector
+from tests.kernels.row_checks import (
+    captured,
     check_gates,
     check_gates_hold_at_later_places,
     check_injection,
     check_injection_of_nothing,
     check_probes,
-    deal,
-    fill,
+    check_replays,
 )
-from tests.kernels.programs import COLUMNAR, CONSTANT, N_GATES, draw, ops, vector
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = pytest.param(
@@ -216,6 +220,11 @@ def test_injections(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_injection_of_nothing(dtype: torch.dtype, device: str) -> None:
     check_injection_of_nothing(edit, device, dtype)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_captured_launches_keep_what_later_plans_need(device: str) -> None:
+    check_replays(edit, device, captured)
 
 
 # Probes
