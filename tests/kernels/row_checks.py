@@ -188,8 +188,8 @@ class Injecting:
         return torch.stack(out), sizes
 
 
-def check_probes(edit: Edit, device: str, d: int, dtype: torch.dtype, seed: int) -> None:
-    """What is read after all edits of a place, as rounded; more reads than a kernel takes at once."""
+def check_probes(edit: Edit, edit_and_norm: Edit, device: str, d: int, dtype: torch.dtype, seed: int) -> None:
+    """What is read after all edits of a place, as rounded, and before a norm; more than a kernel reads at once."""
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     programs = [draw(d, seed, n_blocks=2), None, draw(d, seed + 1, COLUMNAR), draw(d, seed + 2, CONSTANT), None, None]
     batch = Batch.make(device, programs, d, dtype, gap=rng.choice([6, 16]), seed=seed, with_residual=bool(seed % 2))
@@ -226,6 +226,12 @@ def check_probes(edit: Edit, device: str, d: int, dtype: torch.dtype, seed: int)
                 plain = float(read_row(stream[i : i + 1], replace(one, threshold=None))[0])
                 if one.threshold is None or abs(plain - one.threshold) > slack:
                     assert abs(float(values[i, column]) - float(read_row(stream[i : i + 1], one)[0])) <= slack
+    if batch.residual is not None:
+        plain = values.clone()
+        batch.whole.copy_(before)
+        edit_and_norm(batch.x, batch.residual.clone(), None, 1e-6, named, tables, PLACE)
+        rounding = 2.02 * HALF_STEP[dtype] * stream.norm(dim=1).max().float()  # directions are at most 1 long
+        torch.testing.assert_close(values, plain, rtol=0, atol=float(rounding) + 1e-4)
 
 
 def check_injection(edit: Edit, device: str, d: int, dtype: torch.dtype, seed: int, steps: float = 0.5) -> None:

@@ -259,7 +259,7 @@ def test_captured_launches_keep_what_later_plans_need(device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_probes(dtype: torch.dtype, device: str) -> None:
     for seed, d in enumerate((33, 576, 2100)):
-        check_probes(edit, device, d, dtype, 3 * d + seed)
+        check_probes(edit, edit_and_norm, device, d, dtype, 3 * d + seed)
 
 
 # Bits

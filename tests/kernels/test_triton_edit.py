@@ -233,8 +233,7 @@ def test_captured_launches_keep_what_later_plans_need(device: str) -> None:
 @on_device
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_probes(dtype: torch.dtype, device: str) -> None:
-    for seed, d in enumerate((70,)):
-        check_probes(edit, device, d, dtype, 3 * d + seed)
+    check_probes(edit, edit_and_norm, device, 70, dtype, 211)
 
 
 # Bits
