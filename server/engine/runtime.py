@@ -291,8 +291,11 @@ class Runtime:
                 owner.state.attempted(owner.chosen)
             if not (owner.on_device and owner.state.decides_each):
                 owner.state.note_edits(owner.start, owner.masks, owner.gates)
-        if self.device is not None:
-            self._read_back(self.device, sampled)
+        try:
+            if self.device is not None:
+                self._read_back(self.device, sampled)
+        except Exception as error:
+            fail([o.state for o in self._owners], f"reading back what was decided failed: {error}")
         self._rest()
 
     def _read_back(self, device: DevicePlans, sampled: bool) -> None:
@@ -301,8 +304,7 @@ class Runtime:
         if gated := [o for o in owners if o.state.decides_each]:
             device.told_gates.take(max(o.row + o.count for o in gated), partial(self._note_gates, gated))
         if probed := [o for o in owners if o.state.resident is not None and o.state.resident.plan.probes]:
-            observe = self.monitor.probed if self.monitor is not None and sampled else None
-            note = partial(Probing(probed).note, has=device.has, observe=observe)
+            note = partial(self._note_probes, probed, Probing(probed), sampled)
             device.told_probes.take(max(o.row + o.count for o in probed), note)
 
     def _settle(self, wait: bool = False) -> None:
@@ -313,12 +315,23 @@ class Runtime:
     def _note_gates(self, owners: Sequence[Owner], values: Tensor) -> None:
         """What token gates have let through: [rows, gates] as the device has decided in a pass."""
         for owner in owners:
-            for i, gate in enumerate(owner.state.gates):
-                if not gate.read.per_request:
-                    owner.gates[i] = values[owner.rows, i].clone()
-                    if self.monitor is not None:
-                        self.monitor.gate(owner.state, i, owner.masks, owner.gates[i])
-            owner.state.note_edits(owner.start, owner.masks, owner.gates)
+            try:
+                for i, gate in enumerate(owner.state.gates):
+                    if not gate.read.per_request:
+                        owner.gates[i] = values[owner.rows, i].clone()
+                        if self.monitor is not None:
+                            self.monitor.gate(owner.state, i, owner.masks, owner.gates[i])
+                owner.state.note_edits(owner.start, owner.masks, owner.gates)
+            except Exception as error:
+                fail([owner.state], f"noting what its gates decided failed: {error}")
+
+    def _note_probes(self, owners: Sequence[Owner], probing: Probing, sampled: bool, values: Tensor) -> None:
+        """What probes have read: [rows, reads] of a pass, ``sampled`` by the statistics or not."""
+        try:
+            assert self.device is not None
+            probing.note(values, self.device.has, self.monitor.probed if self.monitor is not None and sampled else None)
+        except Exception as error:
+            fail([o.state for o in owners], f"noting what its probes read failed: {error}")
 
     def _note(self) -> None:
         """What the pass has measured and read goes to the requests and into the statistics."""

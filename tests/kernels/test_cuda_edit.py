@@ -24,16 +24,20 @@ from tests.kernels.device_checks import (
     Batch,
     bits,
     check_bad_calls,
-    check_gates,
-    check_gates_hold_at_later_places,
-    check_injection,
-    check_injection_of_nothing,
-    check_probes,
     check_roundings,
     deal,
     fill,
 )
 from tests.kernels.programs import COLUMNAR, CONSTANT, N_GATES, draw, gates_of, ops, vector
+from tests.kernels.row_checks import (
+    captured,
+    check_gates,
+    check_gates_hold_at_later_places,
+    check_injection,
+    check_injection_of_nothing,
+    check_probes,
+    check_replays,
+)
 
 SOME = [Program((), 72), *(draw(72, seed) for seed in range(4)), draw(72, 6, COLUMNAR), draw(72, 7, CONSTANT)]
 GPU = pytest.param(
@@ -208,13 +212,17 @@ def test_an_injection_of_nothing(dtype: torch.dtype, device: str) -> None:
     check_injection_of_nothing(edit, device, dtype)
 
 
+def test_captured_launches_keep_what_later_plans_need(device: str) -> None:
+    check_replays(edit, device, captured if device == "cuda" else lambda launch: launch)
+
+
 # Probes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_probes(dtype: torch.dtype, device: str) -> None:
     for seed, d in enumerate((33, 576, 2100)):
-        check_probes(edit, device, d, dtype, 3 * d + seed)
+        check_probes(edit, edit_and_norm, device, d, dtype, 3 * d + seed)
 
 
 # Bits

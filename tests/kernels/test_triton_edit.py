@@ -29,16 +29,20 @@ from tests.kernels.device_checks import (
     Batch,
     bits,
     check_bad_calls,
-    check_gates,
-    check_gates_hold_at_later_places,
-    check_injection,
-    check_injection_of_nothing,
-    check_probes,
     check_roundings,
     deal,
     fill,
 )
 from tests.kernels.programs import COLUMNAR, CONSTANT, N_GATES, draw, ops, vector
+from tests.kernels.row_checks import (
+    captured,
+    check_gates,
+    check_gates_hold_at_later_places,
+    check_injection,
+    check_injection_of_nothing,
+    check_probes,
+    check_replays,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = pytest.param(
@@ -191,8 +195,7 @@ def test_gates_hold_at_later_places(device: str) -> None:
 @on_device
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_injections(dtype: torch.dtype, device: str) -> None:
-    for d in (33, 70):
-        check_injection(edit, device, d, dtype, 5 * d, steps(dtype))
+    check_injection(edit, device, 70, dtype, 350, steps(dtype))
 
 
 @on_device
@@ -201,14 +204,18 @@ def test_an_injection_of_nothing(dtype: torch.dtype, device: str) -> None:
     check_injection_of_nothing(edit, device, dtype)
 
 
+@pytest.mark.parametrize("device", [CUDA])
+def test_captured_launches_keep_what_later_plans_need(device: str) -> None:
+    check_replays(edit, device, captured)
+
+
 # Probes
 
 
 @on_device
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_probes(dtype: torch.dtype, device: str) -> None:
-    for seed, d in enumerate((70,)):
-        check_probes(edit, device, d, dtype, 3 * d + seed)
+    check_probes(edit, edit_and_norm, device, 70, dtype, 211)
 
 
 # Bits

@@ -163,6 +163,22 @@ def test_probes_are_read_where_graphs_are_replayed(kind: str) -> None:
             assert one[3:] == pytest.approx(other[3:], rel=1e-4, abs=1e-4)
 
 
+def test_an_error_where_numbers_come_back_is_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes up in a later pass, which has nothing to do with it."""
+    runtime = on_device()
+    toy = Toy(runtime, replays=True)
+    for name in ("token-gate", "add"):
+        toy.add(name, plan(name), PROMPT)
+    toy.add("probed", plan_of(probes=READS), PROMPT)
+    for method in ("note_edits", "see_probes"):
+        monkeypatch.setattr(runtime.requests["probed" if "probes" in method else "token-gate"], method, None)
+    toy.run(*(Piece(name, 0, PROMPT) for name in ("token-gate", "add", "probed")))
+    toy.run(Piece("add", P, IDS[P : P + 1]))
+    assert "what its gates decided" in report(runtime, "token-gate")["error"]
+    assert "what its probes read" in report(runtime, "probed")["error"]
+    assert report(runtime, "add")["error"] is None
+
+
 def test_probes_of_a_sampled_pass_are_in_the_statistics() -> None:
     counted = []
     for runtime in (on_device(), Runtime()):
