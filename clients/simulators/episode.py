@@ -15,6 +15,7 @@ METRICS = {  # and their units
     "displacement": " (m)",
     "mean_height": " (m)",
     "speed": " (m/s)",
+    "early_speed": " (m/s)",  # in the first quarter: an arm that arrives later, but arrives, has gone as far
     "final_distance": " (m)",
     "nearest_distance": " (m)",
 }
@@ -57,6 +58,7 @@ class Episode:
             "displacement": float(np.linalg.norm(self.positions[-1] - self.positions[0])),
             "mean_height": float(self.positions[:, 2].mean()),
             "speed": float(steps.sum() / self.seconds),
+            "early_speed": float(steps[: len(steps) // 4].sum() / (self.seconds / 4)),
             "final_distance": self.distance,
             "nearest_distance": self.nearest,
         }
