@@ -5,7 +5,8 @@
 First the vision tower alone (``eyes.py``), then all of it. Every number of the next actions is one token, learnt with
 the tokens before it given. The target is not the one bin but a bell over it and its neighbours, so that a near miss
 costs little: bins are in order. State is kept every minute in ``CHECKPOINT/training.pt``, and the same command goes on
-from there.
+from there, to the same weights as without a stop. Another command is refused there. ``--start`` begins with the
+weights of a policy of another task.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,29 @@ def rate(step: int, steps: int) -> float:
     return RATE * 0.5 * (1 + float(np.cos(np.pi * (step - WARM) / max(1, steps - WARM))))
 
 
+def kept(file: Path, settings: Mapping[str, Any]) -> Any:
+    """What was kept in ``file``; None where it is not there. Raises ValueError where it is of other settings."""
+    if not file.exists():
+        return None
+    state = torch.load(file, weights_only=True)
+    if state["settings"] != dict(settings):
+        raise ValueError(
+            f"{file} is of another training, {state['settings']}, not {dict(settings)}: remove it to begin"
+        )
+    return state
+
+
+def keep(file: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    torch.save({"settings": dict(settings), **state}, file.with_suffix(".part"))
+    file.with_suffix(".part").rename(file)
+
+
 def train(policy: Any, lessons: Lessons, out: Path, steps: int, seed: int) -> dict[str, Any]:
-    """How it went. Goes on from ``out/training.pt`` where that is."""
+    """How it went. Goes on from ``out/training.pt``, and raises ValueError where that is of other settings."""
     optimiser = torch.optim.AdamW(policy.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=DECAY)
-    kept, step, spent = out / "training.pt", 0, 0.0
-    if kept.exists():
-        state = torch.load(kept, weights_only=True)
+    file, step, spent = out / "training.pt", 0, 0.0
+    settings = {"steps": steps, "seed": seed, "samples": lessons.train}
+    if state := kept(file, settings):
         policy.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         step, spent = state["step"], state["seconds"]
@@ -101,12 +119,14 @@ def train(policy: Any, lessons: Lessons, out: Path, steps: int, seed: int) -> di
         if now - saved > EVERY or step == steps:
             saved, seconds = now, spent + now - started
             state = {"model": policy.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
-            torch.save({**state, "seconds": seconds}, kept.with_suffix(".part"))
-            kept.with_suffix(".part").rename(kept)
+            keep(file, settings, {**state, "seconds": seconds})
             off = lessons.error(policy)
             print(f"step {step}/{steps}, {seconds:.0f} s: loss {loss.item():.3f}, held out {off:.4f}", flush=True)
-    about = {"steps": steps, "seed": seed, "samples": lessons.train, "held_out_error": lessons.error(policy)}
-    return {**about, "parameters": sum(p.numel() for p in policy.parameters())}
+    return {
+        **settings,
+        "held_out_error": lessons.error(policy),
+        "parameters": sum(p.numel() for p in policy.parameters()),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -117,25 +137,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--eyes-steps", type=int, default=800, help="of the vision tower alone, before")
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="a checkpoint to begin with [random weights]")
     args = parser.parse_args(argv)
     shown = demonstrations.load(args.demonstrations)
     action = Scale.of(shown.actions.reshape(-1, shown.actions.shape[-1]), MetaWorld.moves, 0.01)
     state = Scale.of(shown.states, np.ones(shown.states.shape[1], np.bool_), 0.0)
     lessons = Lessons(shown, INSTRUCTIONS[args.task], action, state)
     args.out.mkdir(parents=True, exist_ok=True)
-    policy = model.build(args.seed).train()
-    seeing = args.out / "eyes.pt"
-    if seeing.exists():
-        policy.load_state_dict(torch.load(seeing, weights_only=True))
+    policy = (model.load(args.start)[0] if args.start else model.build(args.seed)).train()
+    n, seeing = lessons.train, args.out / "eyes.pt"
+    settings = {"eyes_steps": args.eyes_steps, "seed": args.seed, "samples": n}
+    settings["start"] = args.start.name if args.start else None
+    if seen := kept(seeing, settings):
+        policy.load_state_dict(seen["model"])
     else:
-        n = lessons.train
         wanted = lessons.bins[:n] / BINS
         eyes.train(policy, lessons.pictures[:n], lessons.states[:n], wanted, args.eyes_steps, args.seed)
-        torch.save(policy.state_dict(), seeing)
+        keep(seeing, settings, {"model": policy.state_dict()})
     about = train(policy, lessons, args.out, args.steps, args.seed)
     key = args.task.replace("-", "_")
     model.save(policy.eval(), model.describe(key, shown.pictures.shape[1], action, state), args.out)
-    (args.out / "training.json").write_text(json.dumps({"task": args.task, **about}, indent=2) + "\n")
+    (args.out / "training.json").write_text(json.dumps({"task": args.task, **settings, **about}, indent=2) + "\n")
     for file in (seeing, args.out / "training.pt"):
         file.unlink()
 
