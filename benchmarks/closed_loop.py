@@ -19,6 +19,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from benchmarks.provenance import RESULTS, provenance
 
 from steersman.clients.simulators.episode import METRICS, Episode, Limits
 from steersman.clients.simulators.fleet import Fleet, Order
+from steersman.clients.simulators.metaworld import MetaWorld
 from steersman.clients.simulators.study import Steering
+from steersman.clients.simulators.watchdog import Link, link
 from steersman.steering.neurons_contrast import control_sets
 from tests.e2e.server import serve
 from tests.models.tiny_llava import without_torchvision
@@ -43,6 +46,7 @@ FILMED = (UNSTEERED, "up 4", "slow 4")
 FILM = "{}.npz"
 OPTIONS = ("--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "16")
 VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}  # the robots need the other cores
+DEADLINE = 60.0  # seconds: none should pass, since what is measured is not how fast this machine is
 COUNTS = ("answers", "late", "strays", "edited")
 
 
@@ -94,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     if missing:
         with served() as url:
-            fleet = Fleet("reach-v3", url, args.robots, Limits(args.steps), deadline=60.0)
+            connect = partial(_connect, url)
+            fleet = Fleet(partial(MetaWorld, "reach-v3"), connect, args.robots, Limits(args.steps), DEADLINE)
             for order, episode in fleet.run(missing, 60 * args.minutes):
                 if order.film:
                     np.savez_compressed(args.work / FILM.format(order.arm), np.stack(episode.frames))
@@ -162,6 +167,10 @@ def write(found: Mapping[str, Any], path: Path = RESULTS / "closed_loop.json") -
     head = [f" {json.dumps(key)}: {json.dumps(found[key])}" for key in ("provenance", "settings")]
     path.write_text("{\n" + ",\n".join([*head, ' "arms": {\n' + ",\n".join(lines) + "\n }"]) + "\n}\n")
     return path
+
+
+def _connect(url: str, steering: Steering | None) -> Link:
+    return link(url, steering=steering, api_key=None, timeout=DEADLINE)
 
 
 @contextmanager

@@ -5,16 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 
-from steersman.clients.simulators import watchdog
 from steersman.clients.simulators.episode import Episode, Limits, run
-from steersman.clients.simulators.metaworld import MetaWorld
 from steersman.clients.simulators.simulator import Simulator
 from steersman.clients.simulators.study import Steering
+from steersman.clients.simulators.watchdog import Link, Watchdog
 
 _simulator: Simulator  # of a robot's process
 
@@ -31,41 +30,43 @@ class Order:
 
 @dataclass(frozen=True)
 class Fleet:
-    """``robots`` of one task, all asking the server at ``url``."""
+    """``make`` and ``connect`` are called in the robots' processes, so they must be such as can be pickled."""
 
-    task: str
-    url: str
+    make: Callable[[], Simulator]
+    connect: Callable[[Steering | None], Link]
     robots: int
     limits: Limits
-    deadline: float  # seconds
+    deadline: float  # seconds, for an answer
 
     def run(self, orders: Sequence[Order], seconds: float = float("inf")) -> Iterator[tuple[Order, Episode]]:
-        """Episodes as they are done, begun in the order given, hardly one after ``seconds``. Raises what one raises."""
+        """Episodes as they are done, begun in the order given; after ``seconds`` only those next in line are begun.
+
+        Raises what one raises.
+        """
         end = time.monotonic() + seconds
         context = multiprocessing.get_context("spawn")  # a simulator's pictures do not survive a fork
-        with ProcessPoolExecutor(self.robots, context, _start, (self.task,)) as pool:
+        with ProcessPoolExecutor(self.robots, context, _start, (self.make,)) as pool:
             running = {pool.submit(_episode, self, order): order for order in orders}
             try:
                 for future in as_completed(running):
                     if not future.cancelled():
                         yield running[future], future.result()
-                    if time.monotonic() > end:
+                    if time.monotonic() >= end:
                         for waiting in running:
                             waiting.cancel()
             finally:
                 pool.shutdown(cancel_futures=True)
 
 
-def _start(task: str) -> None:
+def _start(make: Callable[[], Simulator]) -> None:
     global _simulator
     os.environ.setdefault("LP_NUM_THREADS", "1")  # of Mesa's software renderer: the other robots have the other cores
-    _simulator = MetaWorld(task)
+    _simulator = make()
 
 
 def _episode(fleet: Fleet, order: Order) -> Episode:
-    connect = partial(watchdog.link, fleet.url, steering=order.steering, api_key=None, timeout=fleet.deadline)
-    asking = watchdog.Watchdog(connect, fleet.deadline)
+    watchdog = Watchdog(partial(fleet.connect, order.steering), fleet.deadline)
     try:
-        return run(_simulator, asking, order.seed, fleet.limits, film=order.film)
+        return run(_simulator, watchdog, order.seed, fleet.limits, film=order.film)
     finally:
-        asking.close()
+        watchdog.close()
