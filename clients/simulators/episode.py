@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +59,7 @@ class Episode:
             "displacement": float(np.linalg.norm(self.positions[-1] - self.positions[0])),
             "mean_height": float(self.positions[:, 2].mean()),
             "speed": float(steps.sum() / self.seconds),
-            "early_speed": float(steps[: len(steps) // 4].sum() / (self.seconds / 4)),
+            "early_speed": float(steps[: math.ceil(len(steps) / 4)].mean() * len(steps) / self.seconds),
             "final_distance": self.distance,
             "nearest_distance": self.nearest,
         }
@@ -68,8 +69,8 @@ class Episode:
         fields = ("seed", "succeeded_at", "answers", "late", "strays", "edited")
         about = {name: getattr(self, name) for name in fields}
         median = float(np.median(self.latencies)) if self.latencies else None
-        heights = [round(float(z), 5) for z in self.positions[:, 2]]
-        return {**about, **self.metrics(), "median_latency_seconds": median, "heights": heights}
+        metrics = {name: round(value, 5) for name, value in self.metrics().items()}
+        return {**about, **metrics, "median_latency_seconds": median}
 
 
 def still(simulator: Simulator, last: Floats) -> Floats:
