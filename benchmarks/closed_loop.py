@@ -98,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     if missing:
         with served() as url:
-            connect = partial(_connect, url)
-            fleet = Fleet(partial(MetaWorld, "reach-v3"), connect, args.robots, Limits(args.steps), DEADLINE)
+            made = (partial(MetaWorld, "reach-v3"), partial(connect, url))
+            fleet = Fleet(*made, args.robots, Limits(args.steps), DEADLINE)
             for order, episode in fleet.run(missing, 60 * args.minutes):
                 if order.film:
                     np.savez_compressed(args.work / FILM.format(order.arm), np.stack(episode.frames))
@@ -169,15 +169,16 @@ def write(found: Mapping[str, Any], path: Path = RESULTS / "closed_loop.json") -
     return path
 
 
-def _connect(url: str, steering: Steering | None) -> Link:
+def connect(url: str, steering: Steering | None) -> Link:
     return link(url, steering=steering, api_key=None, timeout=DEADLINE)
 
 
 @contextmanager
-def served() -> Iterator[str]:
+def served(model: Path = MODEL) -> Iterator[str]:
+    """The address of a server that has the policy."""
     with tempfile.TemporaryDirectory() as scratch:
         variables = VARIABLES | without_torchvision(Path(scratch) / "site")
-        with serve(MODEL, Path(scratch), OPTIONS, variables) as server:
+        with serve(model, Path(scratch), OPTIONS, variables) as server:
             yield server.url
 
 

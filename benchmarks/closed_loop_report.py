@@ -1,8 +1,8 @@
-"""Writes what came of the closed loop into ``docs/closed-loop.md``, and its plot, from the result file.
+"""Writes what came of the closed loop into ``docs/closed-loop.md``, and its plot, from the result files.
 
     python -m benchmarks.closed_loop_report [--films FOLDER]
 
-No number is there that ``benchmarks/results/closed_loop.json`` does not hold. ``--films``: where
+No number is there that ``benchmarks/results/closed_loop.json`` and ``policies.json`` do not hold. ``--films``: where
 ``benchmarks.closed_loop`` has kept its episodes; of those that were filmed it makes the moving picture.
 """
 
@@ -25,7 +25,7 @@ from steersman.clients.simulators.study import interval
 
 PAGE = Path(__file__).parents[1] / "docs" / "closed-loop.md"
 IMAGES = PAGE.parent / "images"
-BEGIN, END = "<!-- from benchmarks/results/closed_loop.json -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- from benchmarks/results/{}.json -->\n", "<!-- end of {} -->\n"
 MEANT = {"up": ("mean_height", 1), "down": ("mean_height", -1), "fast": ("early_speed", 1), "slow": ("early_speed", -1)}
 TOKENS = {"up": "z", "down": "z", "fast": "motion", "slow": "motion"}  # those of the random sets beside each
 HELD = 0.8  # success at which a policy is still said to work
@@ -33,9 +33,27 @@ COLOURS = {UNSTEERED: "#555555", "up": "#d1495b", "down": "#00798c", "fast": "#e
 EVERY, WIDTH = 2, 200  # of the film: frames left out between two, pixels
 
 
-def page(text: str, found: Mapping[str, Any]) -> str:
-    before, _, rest = text.partition(BEGIN)
-    return before + BEGIN + measured(found) + END + rest.partition(END)[2]
+def page(text: str, found: Mapping[str, Any], policies: Mapping[str, Any]) -> str:
+    """``text`` with new figures between the marks of each result file."""
+    for name, figures in (("closed_loop", measured(found)), ("policies", trained(policies))):
+        begin, end = BEGIN.format(name), END.format(name)
+        before, _, rest = text.partition(begin)
+        text = before + begin + figures + end + rest.partition(end)[2]
+    return text
+
+
+def trained(policies: Mapping[str, Any]) -> str:
+    rows = []
+    for task, about in policies.items():
+        each, training = about["episodes"], about["training"]
+        rows.append(
+            [
+                task, training["samples"], training["steps"], training.get("start") or "", f"{training['held_out_error']:.3f}",
+                f"{sum(each['success']):.0f} of {len(each['success'])}", about["steps"], f"{np.mean(each['final_distance']):.3f}",
+            ]
+        )  # fmt: skip
+    heads = ("task", "demonstrations", "steps", "begun from", "error on others, of the range")
+    return "\n" + table((*heads, "episodes that succeed", "actions in one", "final distance (m), mean"), rows) + "\n"
 
 
 def measured(found: Mapping[str, Any]) -> str:
@@ -192,7 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--films", type=Path)
     args = parser.parse_args(argv)
     found = json.loads((RESULTS / "closed_loop.json").read_text())
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    policies = json.loads((RESULTS / "policies.json").read_text())
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), found, policies), encoding="utf-8")
     plot(found, IMAGES / "closed-loop.png")
     if args.films:
         film(args.films, IMAGES / "closed-loop.gif")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from benchmarks import closed_loop, closed_loop_report
 from benchmarks.closed_loop import DOSED, DOSES, MAIN, MODEL, RANDOM, SETS, UNSTEERED, Kept
+from benchmarks.closed_loop_report import BEGIN, END
 from benchmarks.provenance import RESULTS
 
 from steersman.clients.simulators.episode import METRICS, Episode
@@ -85,10 +86,13 @@ def found(arms: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 
 def test_the_page_tells_what_was_found(found: dict[str, Any]) -> None:
-    text = closed_loop_report.page(f"before\n{closed_loop_report.BEGIN}old\n{closed_loop_report.END}after\n", found)
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
+    marks = [mark.format(name) for name in ("policies", "closed_loop") for mark in (BEGIN, END)]
+    training = {"samples": 300, "steps": 50, "held_out_error": 0.012, "start": "reach-v3"}
+    episodes = {"success": [1.0, 0.0, 1.0], "final_distance": [0.1, 0.2, 0.3]}
+    policies = {"push-v3": {"training": training, "steps": 80, "episodes": episodes}}
+    text = closed_loop_report.page("before\n{}old\n{}between\n{}old\n{}after\n".format(*marks), found, policies)
+    assert [part in text for part in ("before\n", "between\n", "after\n", "old")] == [True, True, True, False]
+    assert "| push-v3 | 300 | 50 | reach-v3 | 0.012 | 2 of 3 | 80 | 0.200 |" in text
     rise = 0.002 * MAIN * 20  # the mean over 41 heights
     assert f"| mean height (m) | 0.203 | {rise:+.3f} ({rise:+.3f} to {rise:+.3f}) |" in text
     least, most = 0.1 * rise, 0.6 * rise
@@ -115,4 +119,9 @@ def test_the_documented_figures_are_those_of_the_result_file() -> None:
         assert about["episodes"].keys() == METRICS.keys()
         assert all(len(each) == result["settings"]["episodes"] >= 20 for each in about["episodes"].values())
     text = closed_loop_report.PAGE.read_text(encoding="utf-8")
-    assert text == closed_loop_report.page(text, result), "run python -m benchmarks.closed_loop_report"
+    policies = json.loads((RESULTS / "policies.json").read_text())
+    for task, about in policies.items():
+        assert about["training"] == json.loads((MODEL.parent / task / "training.json").read_text())
+        assert len(about["episodes"]["success"]) >= 20
+    assert np.mean(policies["reach-v3"]["episodes"]["success"]) >= 0.8
+    assert text == closed_loop_report.page(text, result, policies), "run python -m benchmarks.closed_loop_report"

@@ -12,25 +12,32 @@ import pytest
 
 from steersman.clients.policies import contrast, model, train, vocabulary
 from steersman.clients.policies.demonstrations import CHUNK, Demonstrations
-from steersman.clients.simulators.metaworld import INSTRUCTIONS, SIZE
+from steersman.clients.simulators.metaworld import INSTRUCTIONS, SIZE, TASKS
 from steersman.server.policies.bins import Bins
 from steersman.steering import spec
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "models/reach-v3"
+SHIPPED = [task for task in TASKS if (ROOT / "models" / task).exists()]
 
 
-def test_the_shipped_policy_is_of_this_code() -> None:
-    policy, action, state = model.load(FOLDER)
+@pytest.mark.parametrize("task", SHIPPED)
+def test_a_shipped_policy_is_of_this_code(task: str) -> None:
+    folder = ROOT / "models" / task
+    policy, action, state = model.load(folder)
     assert [name for name, p in model.build(0).named_parameters() if p.shape != policy.get_parameter(name).shape] == []
-    config = json.loads((FOLDER / "config.json").read_text())
-    assert config["steersman_policy"] == model.describe("reach_v3", 2, action, state)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["steersman_policy"] == model.describe(task.replace("-", "_"), 2, action, state)
+    assert json.loads((folder / "training.json").read_text())["task"] == task
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))) == list(vocabulary.WORDS)
     assert Bins(config, tokenizer).cameras == 2
-    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 15e6
+
+
+def test_the_policies_are_small() -> None:
+    assert sum(file.stat().st_size for task in SHIPPED for file in (ROOT / "models" / task).iterdir()) < 15e6
 
 
 @pytest.mark.parametrize("name", contrast.MOTIONS)
