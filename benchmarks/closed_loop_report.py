@@ -46,12 +46,14 @@ def trained(policies: Mapping[str, Any]) -> str:
     rows = []
     for task, about in policies.items():
         each, training = about["episodes"], about["training"]
-        rows.append(
-            [
-                task, training["samples"], training["steps"], training.get("start") or "", f"{training['held_out_error']:.3f}",
-                f"{sum(each['success']):.0f} of {len(each['success'])}", about["steps"], f"{np.mean(each['final_distance']):.3f}",
-            ]
-        )  # fmt: skip
+        done = f"{sum(each['success']):.0f} of {len(each['success'])}"
+        made = [
+            training["samples"],
+            training["steps"],
+            training.get("start") or "",
+            f"{training['held_out_error']:.3f}",
+        ]
+        rows.append([task, *made, done, about["steps"], f"{np.mean(each['final_distance']):.3f}"])
     heads = ("task", "demonstrations", "steps", "begun from", "error on others, of the range")
     return "\n" + table((*heads, "episodes that succeed", "actions in one", "final distance (m), mean"), rows) + "\n"
 
