@@ -81,8 +81,8 @@ def dosed(asked: Mapping[str, Any], value: float, others: Sequence[Sequence[int]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=20, help="of each arm [%(default)s]")
-    parser.add_argument("--steps", type=int, default=100, help="actions in an episode [%(default)s]")
-    parser.add_argument("--robots", type=int, default=6, help="at once [%(default)s]")
+    parser.add_argument("--steps", type=int, default=80, help="actions in an episode [%(default)s]")
+    parser.add_argument("--robots", type=int, default=8, help="at once [%(default)s]")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no episode after so long")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/steersman/closed_loop")
     args = parser.parse_args(argv)

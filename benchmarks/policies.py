@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=lambda s: s.split(","), default=FOUND)
     parser.add_argument("--episodes", type=int, default=20)
-    parser.add_argument("--robots", type=int, default=6, help="at once [%(default)s]")
+    parser.add_argument("--robots", type=int, default=8, help="at once [%(default)s]")
     args = parser.parse_args(argv)
     path = RESULTS / "policies.json"
     found = json.loads(path.read_text()) if path.exists() else {}
