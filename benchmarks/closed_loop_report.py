@@ -70,8 +70,9 @@ def measured(found: Mapping[str, Any]) -> str:
         f"{strays} tokens stood for no action.\n\n"
         f"Set to {settings['value']:g}, against the same seeds unsteered (mean over pairs, 95 % by bootstrap):\n\n"
         f"{_changes(found)}\n"
-        f"Against six random sets, set to {settings['value']:g} at the same tokens. Each has a mean change of its own; "
-        "a set is beyond them where its change is more than that of any of them, in the direction meant:\n\n"
+        f"Against six random sets, set to {settings['value']:g} at the same tokens. Each of these has a mean change; a "
+        "set is beyond them where its own is more, in the direction meant, than any of theirs. Less the mean of the six "
+        "on the same seed, with 95 %:\n\n"
         f"{_controls(found)}\n"
         f"By value:\n\n{_doses(found)}\n{_breaking(found)}\n"
     )
@@ -91,10 +92,10 @@ def _main(found: Mapping[str, Any], name: str) -> str:
     return f"{name} {found['settings']['value']:g}"
 
 
-def _random(found: Mapping[str, Any], name: str, metric: str) -> list[float]:
-    """Mean changes by the random sets that are set at the tokens of ``name``."""
+def _random(found: Mapping[str, Any], name: str, metric: str) -> NDArray[np.float64]:
+    """[random sets, episodes]: changes by the sets that are set at the tokens of ``name``."""
     arms = (f"random {i} {TOKENS[name]} {found['settings']['value']:g}" for i in range(RANDOM))
-    return [float(change(found, arm, metric).mean()) for arm in arms]
+    return np.stack([change(found, arm, metric) for arm in arms])
 
 
 def _changes(found: Mapping[str, Any]) -> str:
@@ -114,13 +115,14 @@ def _controls(found: Mapping[str, Any]) -> str:
         for shown in (metric, "success"):
             own = change(found, _main(found, name), shown)
             random = _random(found, name, shown)
-            least, most = min(random), max(random)
+            means = random.mean(axis=1)
             beyond = ""
             if shown == metric:
-                beyond = "yes" if sign * own.mean() > max(sign * each for each in random) else "no"
-            cells = [f"{own.mean():+.3f}", f"{np.mean(random):+.3f}", f"{least:+.3f} to {most:+.3f}", beyond]
+                beyond = "yes" if sign * own.mean() > (sign * means).max() else "no"
+            theirs = f"{means.mean():+.3f} ({means.min():+.3f} to {means.max():+.3f})"
+            cells = [f"{own.mean():+.3f}", theirs, _with_interval(own - random.mean(axis=0)), beyond]
             rows.append([name, shown.replace("_", " ") + METRICS[shown], *cells])
-    heads = ("set", "change of", "by the set", "by random sets, mean", "their range", "beyond them, as meant")
+    heads = ("set", "change of", "by the set", "by random sets: mean, range", "set less random", "beyond, as meant")
     return table(heads, rows)
 
 
@@ -173,7 +175,7 @@ def plot(found: Mapping[str, Any], out: Path) -> None:
         scale = values(found, UNSTEERED, metric).mean()
         own = change(found, _main(found, name), metric)
         low, high = interval(own)
-        random = np.array(_random(found, name, metric)) / scale
+        random = _random(found, name, metric).mean(axis=1) / scale
         beside.plot([at + 0.15] * len(random), 100 * random, "o", color="#bbbbbb")
         error = 100 * np.array([[own.mean() - low], [high - own.mean()]]) / scale
         beside.errorbar([at - 0.15], [100 * own.mean() / scale], error, fmt="o", color=COLOURS[name], capsize=4)

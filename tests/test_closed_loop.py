@@ -96,7 +96,9 @@ def test_the_page_tells_what_was_found(found: dict[str, Any]) -> None:
     rise = 0.002 * MAIN * 20  # the mean over 41 heights
     assert f"| mean height (m) | 0.203 | {rise:+.3f} ({rise:+.3f} to {rise:+.3f}) |" in text
     least, most = 0.1 * rise, 0.6 * rise
-    row = f"| up | mean height (m) | {rise:+.3f} | {(least + most) / 2:+.3f} | {least:+.3f} to {most:+.3f} | yes |"
+    theirs, less = (least + most) / 2, f"{rise - (least + most) / 2:+.3f}"
+    row = f"| up | mean height (m) | {rise:+.3f} | {theirs:+.3f} ({least:+.3f} to {most:+.3f}) | "
+    row += f"{less} ({less} to {less}) | yes |"
     assert row in text
     assert "| down | mean height (m) | +0.000 | " in text
     assert "up: from 3; slow: at none of these; fast: at none of these" in text
