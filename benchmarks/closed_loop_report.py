@@ -71,7 +71,7 @@ def measured(found: Mapping[str, Any]) -> str:
         f"Set to {settings['value']:g}, against the same seeds unsteered (mean over pairs, 95 % by bootstrap):\n\n"
         f"{_changes(found)}\n"
         f"Against six random sets, set to {settings['value']:g} at the same tokens. Each of these has a mean change; a "
-        "set is beyond them where its own is more, in the direction meant, than any of theirs. Less the mean of the six "
+        "set is beyond them where its own is more, in the direction meant, than any of theirs. Less the six's mean "
         "on the same seed, with 95 %:\n\n"
         f"{_controls(found)}\n"
         f"By value:\n\n{_doses(found)}\n{_breaking(found)}\n"
