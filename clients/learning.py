@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,19 +30,41 @@ class Schedule:
         return self.rate * 0.5 * (1 + float(np.cos(np.pi * (step - self.warm) / max(1, self.steps - self.warm))))
 
 
+def kept(file: Path, settings: Mapping[str, Any]) -> Any:
+    """What was kept in ``file``; None where it is not there. Raises ValueError where it is of other settings."""
+    if not file.exists():
+        return None
+    state = torch.load(file, weights_only=True)
+    if state["settings"] != dict(settings):
+        raise ValueError(
+            f"{file} is of another training, {state['settings']}, not {dict(settings)}: remove it to begin"
+        )
+    return state
+
+
+def keep(file: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    torch.save({"settings": dict(settings), **state}, file.with_suffix(".part"))
+    file.with_suffix(".part").rename(file)
+
+
 def learn(
-    parts: nn.Module, loss: Callable[[int], Tensor], schedule: Schedule, kept: Path, told: Callable[[], str] = str
+    parts: nn.Module,
+    loss: Callable[[int], Tensor],
+    schedule: Schedule,
+    file: Path,
+    told: Callable[[], str] = str,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Trains the parameters of ``parts``; ``loss`` of a step must depend on its number and on them alone.
 
-    The state is in the file ``kept`` every minute and after the last step, and is gone on from where that is. ``told``
-    is printed with each.
+    The state is in ``file`` every minute and after the last step, and is gone on from where that is; ``told`` is
+    printed with each. Raises ValueError where it is of another schedule or other ``settings``.
     """
+    settings = {**asdict(schedule), **(settings or {})}
     chosen = [p for p in parts.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(chosen, lr=schedule.rate, betas=(0.9, 0.98), weight_decay=schedule.decay)
     step, spent = 0, 0.0
-    if kept.exists():
-        state = torch.load(kept, weights_only=True)
+    if state := kept(file, settings):
         parts.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         step, spent = state["step"], state["seconds"]
@@ -59,6 +82,5 @@ def learn(
         if now - saved > EVERY or step == schedule.steps:
             saved, seconds = now, spent + now - started
             state = {"model": parts.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
-            torch.save({**state, "seconds": seconds}, kept.with_suffix(".part"))
-            kept.with_suffix(".part").rename(kept)
+            keep(file, settings, {**state, "seconds": seconds})
             print(f"step {step}/{schedule.steps}, {seconds:.0f} s: loss {found.item():.4f} {told()}", flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,20 +85,28 @@ def strongest(found: Mapping[int, Contrast], count: int, *, sign: int = 0) -> li
 
 
 def control_sets(
-    chosen: Sequence[tuple[int, int]], widths: Mapping[int, int], count: int, *, seed: int = 0
+    chosen: Sequence[tuple[int, int]],
+    widths: Mapping[int, int],
+    count: int,
+    *,
+    seed: int = 0,
+    besides: Collection[tuple[int, int]] = (),
 ) -> list[list[tuple[int, int]]]:
-    """`count` random sets with as many neurons in each layer as `chosen`, and none of `chosen`."""
+    """`count` random sets with as many neurons in each layer as `chosen`, and none of `chosen` or `besides`."""
     generator = torch.Generator().manual_seed(seed)
     wanted = Counter(layer for layer, _ in chosen)
+    taken: dict[int, set[int]] = {layer: set() for layer in wanted}
+    for layer, index in (*chosen, *besides):
+        if layer in taken:
+            taken[layer].add(index)
     for layer, number in wanted.items():
-        if 2 * number > widths[layer]:
+        if len(taken[layer]) + number > widths[layer]:
             raise InvalidRequest(f"layer {layer} has too few neurons besides the {number} chosen", "controls")
     out = []
     for _ in range(count):
         drawn: list[tuple[int, int]] = []
         for layer in sorted(wanted):
-            taken = {index for where, index in chosen if where == layer}
-            free = torch.tensor([i for i in range(widths[layer]) if i not in taken])
+            free = torch.tensor([i for i in range(widths[layer]) if i not in taken[layer]])
             order = torch.randperm(len(free), generator=generator)[: wanted[layer]]
             drawn += [(layer, i) for i in sorted(free[order].tolist())]
         out.append(drawn)

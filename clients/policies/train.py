@@ -5,7 +5,8 @@
 First the vision tower alone (``eyes.py``), then all of it. Every number of the next actions is one token, learnt with
 the tokens before it given. The target is not the one bin but a bell over it and its neighbours, so that a near miss
 costs little: bins are in order. State is kept every minute in ``CHECKPOINT/training.pt``, and the same command goes on
-from there.
+from there, to the same weights as without a stop. Another command is refused there. ``--start`` begins with the
+weights of a policy of another task.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steersman.clients.learning import Schedule, learn
+from steersman.clients.learning import Schedule, keep, kept, learn
 from steersman.clients.policies import demonstrations, eyes, model, vocabulary
 from steersman.clients.policies.demonstrations import Demonstrations
 from steersman.clients.policies.vocabulary import BINS, FIRST_ACTION, Scale
@@ -72,7 +73,7 @@ class Lessons:
 
 
 def train(policy: Any, lessons: Lessons, out: Path, steps: int, seed: int) -> dict[str, Any]:
-    """How it went. Goes on from ``out/training.pt`` where that is."""
+    """How it went. Goes on from ``out/training.pt``, and raises ValueError where that is of other settings."""
 
     def loss(step: int) -> Tensor:
         draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -81,9 +82,13 @@ def train(policy: Any, lessons: Lessons, out: Path, steps: int, seed: int) -> di
     def told() -> str:
         return f"held out {lessons.error(policy):.4f}"
 
-    learn(policy, loss, Schedule(steps, RATE, WARM), out / "training.pt", told)
-    about = {"steps": steps, "seed": seed, "samples": lessons.train, "held_out_error": lessons.error(policy)}
-    return {**about, "parameters": sum(p.numel() for p in policy.parameters())}
+    settings = {"steps": steps, "seed": seed, "samples": lessons.train}
+    learn(policy, loss, Schedule(steps, RATE, WARM), out / "training.pt", told, settings)
+    return {
+        **settings,
+        "held_out_error": lessons.error(policy),
+        "parameters": sum(p.numel() for p in policy.parameters()),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,25 +99,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--eyes-steps", type=int, default=800, help="of the vision tower alone, before")
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="a checkpoint to begin with [random weights]")
     args = parser.parse_args(argv)
     shown = demonstrations.load(args.demonstrations)
     action = Scale.of(shown.actions.reshape(-1, shown.actions.shape[-1]), MetaWorld.moves, 0.01)
     state = Scale.of(shown.states, np.ones(shown.states.shape[1], np.bool_), 0.0)
     lessons = Lessons(shown, INSTRUCTIONS[args.task], action, state)
     args.out.mkdir(parents=True, exist_ok=True)
-    policy = model.build(args.seed).train()
-    seeing = args.out / "eyes.pt"
-    if seeing.exists():
-        policy.load_state_dict(torch.load(seeing, weights_only=True))
+    policy = (model.load(args.start)[0] if args.start else model.build(args.seed)).train()
+    n, seeing = lessons.train, args.out / "eyes.pt"
+    settings = {"eyes_steps": args.eyes_steps, "seed": args.seed, "samples": n}
+    settings["start"] = args.start.name if args.start else None
+    if seen := kept(seeing, settings):
+        policy.load_state_dict(seen["model"])
     else:
-        n = lessons.train
         wanted = lessons.bins[:n] / BINS
         eyes.train(policy, lessons.pictures[:n], lessons.states[:n], wanted, args.eyes_steps, args.seed)
-        torch.save(policy.state_dict(), seeing)
+        keep(seeing, settings, {"model": policy.state_dict()})
     about = train(policy, lessons, args.out, args.steps, args.seed)
     key = args.task.replace("-", "_")
     model.save(policy.eval(), model.describe(key, shown.pictures.shape[1], action, state), args.out)
-    (args.out / "training.json").write_text(json.dumps({"task": args.task, **about}, indent=2) + "\n")
+    (args.out / "training.json").write_text(json.dumps({"task": args.task, **settings, **about}, indent=2) + "\n")
     for file in (seeing, args.out / "training.pt"):
         file.unlink()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ METRICS = {  # and their units
     "displacement": " (m)",
     "mean_height": " (m)",
     "speed": " (m/s)",
+    "early_speed": " (m/s)",  # in the first quarter: an arm that arrives later, but arrives, has gone as far
     "final_distance": " (m)",
     "nearest_distance": " (m)",
 }
@@ -57,6 +59,7 @@ class Episode:
             "displacement": float(np.linalg.norm(self.positions[-1] - self.positions[0])),
             "mean_height": float(self.positions[:, 2].mean()),
             "speed": float(steps.sum() / self.seconds),
+            "early_speed": float(steps[: math.ceil(len(steps) / 4)].mean() * len(steps) / self.seconds),
             "final_distance": self.distance,
             "nearest_distance": self.nearest,
         }
@@ -66,8 +69,8 @@ class Episode:
         fields = ("seed", "succeeded_at", "answers", "late", "strays", "edited")
         about = {name: getattr(self, name) for name in fields}
         median = float(np.median(self.latencies)) if self.latencies else None
-        heights = [round(float(z), 5) for z in self.positions[:, 2]]
-        return {**about, **self.metrics(), "median_latency_seconds": median, "heights": heights}
+        metrics = {name: round(value, 5) for name, value in self.metrics().items()}
+        return {**about, **metrics, "median_latency_seconds": median}
 
 
 def still(simulator: Simulator, last: Floats) -> Floats:

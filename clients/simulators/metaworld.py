@@ -77,7 +77,8 @@ class MetaWorld:
         for eye in self._eyes.values():
             atexit.register(eye.close)  # left to the interpreter's end, they complain
         self._measured: Measured | None = None
-        self._script: Any = None if task == "reach-v3" else ENV_POLICY_MAP[task]()
+        scripts: Any = ENV_POLICY_MAP
+        self._script: Any = None if task == "reach-v3" else scripts[task]()
 
     def reset(self, seed: int) -> None:
         self._env.seed(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,7 +35,7 @@ def film(episodes: Episodes, out: Path) -> None:
             import imageio_ffmpeg  # noqa: F401  (imageio finds it by itself, and says less where it is missing)
         except ImportError as error:
             raise ImportError(f"MP4 needs imageio-ffmpeg ({error}): pip install 'steersman[robots]'") from None
-        imageio.mimwrite(out, frames, fps=FPS, macro_block_size=1)
+        imageio.mimwrite(out, list[Any](frames), fps=FPS, macro_block_size=1)
     else:
         raise ValueError(f"{out}: a film's name must end in .gif or .mp4")
 

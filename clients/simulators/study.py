@@ -100,7 +100,15 @@ def result(settings: Mapping[str, Any], episodes: Episodes) -> dict[str, Any]:
 
 
 def write(result: Mapping[str, Any], out: Path) -> None:
+    """One line for each episode, so that a file can be read and compared."""
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
+    episodes = (f'  "{name}": [\n   {_lines(each)}\n  ]' for name, each in result["episodes"].items())
+    rest = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items() if key != "episodes")
+    whole = ",\n".join(episodes)
+    part.write_text("{\n" + ",\n".join([*rest, f' "episodes": {{\n{whole}\n }}']) + "\n}\n")
     part.replace(out)
+
+
+def _lines(each: Sequence[Any]) -> str:
+    return ",\n   ".join(map(json.dumps, each))

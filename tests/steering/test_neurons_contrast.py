@@ -109,5 +109,9 @@ def test_control_sets_match_in_all_but_the_neurons() -> None:
     assert {index for one in sets for layer, index in one if layer == 3} == set(range(9)) - {7}  # any may be drawn
     assert sets == control_sets(chosen, widths, 40)
     assert sets != control_sets(chosen, widths, 40, seed=1)
+    others = [(0, 9), (3, 0), (5, 1)]
+    assert not {pair for one in control_sets(chosen, widths, 40, besides=others) for pair in one} & {*chosen, *others}
+    with pytest.raises(InvalidRequest, match="layer 3 has too few"):
+        control_sets([(3, 7)], widths, 1, besides=[(3, i) for i in range(9)])
     with pytest.raises(InvalidRequest, match="layer 3 has too few"):
         control_sets([(3, i) for i in range(5)], widths, 1)

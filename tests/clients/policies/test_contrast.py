@@ -36,10 +36,10 @@ def lessons(shown: Demonstrations, monkeypatch: pytest.MonkeyPatch) -> Lessons:
     return Lessons(shown, "reach the red ball", SCALE, SCALE)
 
 
-@pytest.mark.parametrize("dimension", [0, 2])
-def test_activations_are_those_before_the_dimensions_tokens(lessons: Lessons, dimension: int) -> None:
+@pytest.mark.parametrize("motion", contrast.MOTIONS)
+def test_activations_are_those_before_the_motions_tokens(lessons: Lessons, motion: str) -> None:
     policy = model.build(0).eval()
-    found = contrast.activations(policy, lessons, dimension)
+    found = contrast.activations(policy, lessons, contrast.MOTIONS[motion])
     row, kept = 5, {}
     answers = vocabulary.FIRST_ACTION + lessons.bins[row].round().long()
     ids = torch.cat([lessons.prompts[row], answers])[None]
@@ -52,25 +52,38 @@ def test_activations_are_those_before_the_dimensions_tokens(lessons: Lessons, di
     for handle in handles:
         handle.remove()
     start = lessons.prompts.shape[1]
-    before = [start + DIMS * k + dimension - 1 for k in range(CHUNK)]  # the token after these is the dimension's
+    numbers = [2] if motion in ("up", "down") else [0, 1, 2]
+    before = [start + DIMS * k + i - 1 for k in range(CHUNK) for i in numbers]  # the token after these is the motion's
     assert len(found) == model.LAYERS
     for i, rows in found.items():
         assert rows.shape == (N, 2 * model.WIDTH)
         torch.testing.assert_close(rows[row], kept[i][before].mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_the_neurons_found_are_those_that_follow_the_motion(lessons: Lessons, monkeypatch: pytest.MonkeyPatch) -> None:
-    up = lessons.actions[:, :, 2].mean(1)
-    noise = {i: torch.randn(N, 50, generator=torch.Generator().manual_seed(i)) for i in range(3)}
-    noise[1][:, 7] += 9 * up
-    noise[2][:, 3] += 6 * up
-    noise[0][:, 9] -= 20 * up  # the other way
-    monkeypatch.setattr(contrast, "activations", lambda policy, lessons, dimension: noise)
-    chosen, mean, beyond = contrast.find(None, lessons, 2, 2)
-    assert chosen == [(1, 7), (2, 3)]
+@pytest.mark.parametrize("name", contrast.MOTIONS)
+def test_the_neurons_found_are_those_that_follow_the_motion(
+    lessons: Lessons, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = lessons.actions[:, :, 2] if name in ("up", "down") else lessons.actions[:, :, :3].square().sum(-1).sqrt()
+    strength = {"up": 1, "down": -1, "fast": 1, "slow": -1}[name] * moved.mean(1)
+    noise = {i: torch.randn(N, 50, generator=torch.Generator().manual_seed(i)) for i in range(2)}
+    noise[0][:, 7] += 30 * strength
+    noise[0][:, 9] -= 60 * strength  # the other way
+    noise[1][:, 3] += 40 * strength
+    monkeypatch.setattr(contrast, "activations", lambda policy, lessons, motion: noise)
+    chosen, mean, beyond = contrast.find(None, lessons, contrast.MOTIONS[name], 1)
+    assert chosen == [(0, 7), (1, 3)]
     assert beyond == 1.0
-    top = up.argsort()[-N // 4 :]
-    assert mean == pytest.approx(float((noise[1][top, 7].mean() + noise[2][top, 3].mean()) / 2), rel=1e-5)
+    top = strength.argsort()[-N // 4 :]
+    assert mean == pytest.approx(float((noise[0][top, 7].mean() + noise[1][top, 3].mean()) / 2), rel=1e-5)
+
+
+def test_controls_are_of_none_of_the_sets() -> None:
+    chosen, other = [(0, 1), (0, 2), (3, 5)], [(0, i) for i in range(100)]
+    policy = model.build(0)
+    for control in contrast.controls(policy, chosen, 20, other):
+        assert [layer for layer, _ in control] == [0, 0, 3]
+        assert not {*control} & {*chosen, *other}
 
 
 def test_what_is_written_is_a_request_and_its_control(
@@ -81,7 +94,7 @@ def test_what_is_written_is_a_request_and_its_control(
     model.save(policy, model.describe("reach_v3", 2, SCALE, SCALE), tmp_path / "model")
     (tmp_path / "demos").mkdir()
     shown.save(tmp_path / "demos/a.npz")
-    arguments = [str(tmp_path / "model"), "--demonstrations", str(tmp_path / "demos"), "--top", "4", "--value", "2.5"]
+    arguments = [str(tmp_path / "model"), "--demonstrations", str(tmp_path / "demos"), "--top", "2", "--value", "2.5"]
     contrast.main([*arguments, "--out", str(tmp_path / "up.json"), "--control", str(tmp_path / "control.json")])
     edits: list[Any] = []
     for name in ("up", "control"):
@@ -89,7 +102,7 @@ def test_what_is_written_is_a_request_and_its_control(
         spec.parse(asked)
         edits.append(asked["interventions"][0])
     found, random = ([tuple(pair) for pair in edit["neurons"]["inline"]] for edit in edits)
-    chosen, _, _ = contrast.find(policy, Lessons(shown, "reach the red ball", SCALE, SCALE), 2, 4)
+    chosen, _, _ = contrast.find(policy, Lessons(shown, "reach the red ball", SCALE, SCALE), contrast.MOTIONS["up"], 2)
     assert found == chosen
     assert edits[0]["value"] == edits[1]["value"] == 2.5
     assert edits[0]["tokens"] == edits[1]["tokens"]

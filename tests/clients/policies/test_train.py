@@ -150,6 +150,43 @@ def test_what_is_saved_is_what_was_trained(lessons: Lessons, shown: Demonstratio
     torch.testing.assert_close(whole[..., vocabulary.FIRST_ACTION :], ours, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("stopped_in", ["eyes", "all"])
+def test_a_command_that_was_stopped_ends_in_the_same_weights(
+    stopped_in: str, lessons: Lessons, shown: Demonstrations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once in the tower's training and once in that of all, with weights of another policy to begin with."""
+    monkeypatch.setattr(learning, "EVERY", 0.0)
+    scale = Scale(-np.ones(4), np.ones(4), MetaWorld.moves)
+    model.save(model.build(4), model.describe("reach_v3", 2, scale, scale), tmp_path / "start")
+    shown.save(_made(tmp_path / "demos") / "a.npz")
+    command = ["--demonstrations", str(tmp_path / "demos"), "--start", str(tmp_path / "start"), "--eyes-steps", "3"]
+
+    def run(out: str, *more: str) -> dict[str, torch.Tensor]:
+        train.main([*command, "--out", str(tmp_path / out), "--steps", "4", *more])
+        found: dict[str, torch.Tensor] = load_file(tmp_path / out / "model.safetensors")
+        return found
+
+    whole = run("whole")
+    where, name = (eyes, "look") if stopped_in == "eyes" else (Lessons, "loss")
+    plain: Any = getattr(where, name)
+    calls = iter(range(2))
+    monkeypatch.setattr(where, name, lambda *given: plain(*given) if next(calls, None) is not None else _stop())
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped")
+    monkeypatch.setattr(where, name, plain)
+    assert (tmp_path / "stopped/training.pt").exists() == (stopped_in == "all")
+    if stopped_in == "all":
+        with pytest.raises(ValueError, match=r"eyes\.pt is of another training"):
+            run("stopped", "--seed", "1")
+        with pytest.raises(ValueError, match=r"training\.pt is of another training"):
+            run("stopped", "--steps", "5")
+    again = run("stopped")
+    assert again.keys() == whole.keys()
+    for key, value in whole.items():
+        torch.testing.assert_close(again[key], value, rtol=0, atol=0, msg=key)
+    assert any((whole[key] != value).any() for key, value in load_file(tmp_path / "start/model.safetensors").items())
+
+
 def test_the_command_leaves_a_checkpoint_and_nothing_else(
     lessons: Lessons, shown: Demonstrations, tmp_path: Path
 ) -> None:

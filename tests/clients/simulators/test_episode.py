@@ -54,6 +54,9 @@ def test_metrics_are_those_of_the_path() -> None:
     assert metrics["displacement"] == pytest.approx(np.linalg.norm(point.goal))
     assert metrics["mean_height"] == pytest.approx(np.mean([p[2] for p in path]))
     assert metrics["speed"] == pytest.approx(length / (60 * point.seconds))
+    early = sum(np.linalg.norm(b - a) for a, b in pairwise(path[:16]))
+    assert metrics["early_speed"] == pytest.approx(early / (15 * point.seconds))
+    assert metrics["early_speed"] > metrics["speed"], "it arrives and stops"
 
 
 def test_it_holds_still_while_there_is_no_answer_and_keeps_its_grip() -> None:
