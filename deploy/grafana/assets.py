@@ -11,6 +11,7 @@ EDITED = "steersman_edited_tokens_total"
 EDIT = "steersman_relative_edit_norm"
 PROBE = "steersman_probe_value"
 SCORE = "steersman_detector_score"
+CONFLICT = "steersman_conflict"
 ANSWERS = "steersman_detector_answers_total"
 ASSET = 'asset=~"$asset"'
 CHOSEN = 'probe=~"$probe"'
@@ -127,6 +128,25 @@ def assets() -> Dashboard:
             "Distribution of the scores",
             "Answers a second in each range of scores, of all detectors.",
             Query(buckets(SCORE), "{{le}}"),
+            width=8,
+        ),
+        lines(
+            "Conflict of the answers",
+            "How much likelier images make a token of the answer than the words alone: ln p with less ln p without, of "
+            "answers that were replayed. Below 0 the images speak against the token.",
+            Query(quantile(0.05, CONFLICT), "p5"),
+            Query(quantile(0.5, CONFLICT), "p50"),
+            zero=False,
+        ),
+        lines(
+            "Replays",
+            "Answers a second that were replayed without their images, by outcome.",
+            Query(rate("steersman_replays_total", by=["outcome"]), "{{outcome}}"),
+        ),
+        distribution(
+            "Distribution of the conflict",
+            "Tokens a second in each range of conflict, in nats.",
+            Query(buckets(CONFLICT), "{{le}}"),
             width=8,
         ),
     ]

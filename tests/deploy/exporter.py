@@ -37,6 +37,8 @@ METRICS: dict[str, tuple[type[Any], tuple[str, ...], tuple[float, ...] | None]] 
     "steersman_gate_decisions": (Counter, ("asset",), None),
     "steersman_layer_cosine": (Histogram, ("layer",), COSINES),
     "steersman_answer_entropy": (Histogram, (), NATS),
+    "steersman_conflict": (Histogram, (), VALUES),
+    "steersman_replays": (Counter, ("outcome",), None),
     "steersman_norm_outliers": (Counter, ("layer",), None),
     "steersman_detector_score": (Histogram, ("detector",), VALUES),
     "steersman_detector_answers": (Counter, ("detector", "outcome"), None),
@@ -85,6 +87,9 @@ class Page:
         self._set("store_assets", 1, "profile")
         self._see("plan_build_seconds", self.random.lognormvariate(-4, 1))
         self._see("answer_entropy", self.random.gammavariate(2, 0.6))
+        self._see("conflict", self.random.gauss(0.5, 2))
+        for outcome, times in (("done", 4), ("failed", 1)):
+            self._count("replays", times, outcome)
         for outcome, times in (("usual", 8), ("unusual", 2), ("unscored", 1)):
             self._count("detector_answers", times, "odd", outcome)
         for _ in range(10):
