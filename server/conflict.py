@@ -55,6 +55,8 @@ async def _prompt(state: SteeringState, ticket: Ticket) -> Mapping[str, Any]:
     mode = state.engine.model_config.logprobs_mode
     if mode != RAW:
         raise Unreplayed(f"this server's --logprobs-mode is {mode}, not {RAW}")
+    if getattr(state.engine.vllm_config.cache_config, "kv_sharing_fast_prefill", False):
+        raise Unreplayed("with --kv-sharing-fast-prefill nobody knows how likely a prompt's tokens are")
     assert ticket.without_images is not None, "chats with images have it"
     found: Mapping[str, Any] = await ticket.without_images()
     return found

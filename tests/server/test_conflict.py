@@ -34,7 +34,8 @@ class Engine:
 
     def __init__(self, server: Server, policy: str = "fcfs", mode: str = "raw_logprobs") -> None:
         self.server = server
-        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy=policy))
+        cache = SimpleNamespace(kv_sharing_fast_prefill=False)
+        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy=policy), cache_config=cache)
         self.model_config = SimpleNamespace(logprobs_mode=mode)
         self.seen: list[dict[str, Any]] = []
         self.tickets: list[Any] = []
@@ -171,6 +172,8 @@ def broken(chat: Chat, how: str) -> None:
         chat.tell(error="the plan was not resident")
     elif how == "mode":
         chat.engine.model_config.logprobs_mode = "processed_logprobs"
+    elif how == "prefill":
+        chat.engine.vllm_config.cache_config.kv_sharing_fast_prefill = True
     elif how == "empty":
         chat.ids = []
     else:
@@ -187,6 +190,7 @@ def broken(chat: Chat, how: str) -> None:
         ("engine", "the replay without images failed: out of blocks"),
         ("unsteered", "the replay without images failed: the plan was not resident"),
         ("mode", "this server's --logprobs-mode is processed_logprobs, not raw_logprobs"),
+        ("prefill", "with --kv-sharing-fast-prefill nobody knows how likely a prompt's tokens are"),
         ("empty", "nothing was generated"),
         ("template", "the messages without images are not taken: an empty chat"),
     ],
