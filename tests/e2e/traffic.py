@@ -42,6 +42,7 @@ OPTIONS = [
     "--steering-monitor-probes", WATCHED, "--steering-max-action-delta", "0.05",
     "--steering-norm-baseline", BASELINE, "--steering-detector", DETECTOR,
 ]  # fmt: skip
+BOLD = {"op": "add", "vector": "bold", "relative": "norm", "scale": 0.9, "layers": [2], "tokens": "generated"}
 PERIOD = 90.0  # seconds in which the traffic swells and ebbs
 GATES = {
     "sometimes": {"vector": "truth", "layer": 1, "measure": "projection", "above": 0.0},
@@ -143,12 +144,11 @@ def _round(server: Server, chance: random.Random, tide: float) -> None:
         return [1, *(chance.randrange(8, 500) for _ in range(chance.randint(4, 30)))]
 
     calm = {"op": "add", "vector": "calm", "relative": "norm", "scale": (1 + round(6 * tide)) / 20, "layers": [1, 2]}
-    bold = {"op": "add", "vector": "bold", "relative": "norm", "scale": 0.9, "layers": [2], "tokens": "generated"}
     gated = [{"op": "add", "vector": v, "scale": 0.1, "layers": [2], "when": gate} for v, gate in GATES.items()]
     served: list[Any] = [
         None,
         {"interventions": [calm, {"op": "ablate", "vector": "even"}], "probes": [{"vector": "truth"}]},
-        {"interventions": [bold]},
+        {"interventions": [BOLD]},
         {"interventions": gated},
     ]
     for steering in served:
@@ -169,7 +169,8 @@ def _look(server: Server, chance: random.Random) -> None:
     url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is in the picture"}]
     asked = {"model": server.model, "messages": [{"role": "user", "content": parts}], "max_tokens": 6}
-    response = server.post("/v1/chat/completions", {**asked, "steering": {"signals": ["conflict"]}})
+    steering = {"interventions": [BOLD], "signals": ["conflict"]}
+    response = server.post("/v1/chat/completions", {**asked, "steering": steering})
     assert response.status_code == 200, response.text
 
 
