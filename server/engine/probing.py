@@ -17,6 +17,8 @@ from steersman.server.engine.resident import Resident, Shard
 from steersman.server.engine.traces import Values
 from steersman.steering.plan import Place
 
+Observe = Callable[[Resident, list[int], Values, Values], None]
+
 
 class Reader(Protocol):
     """A request's rows in a pass."""
@@ -35,13 +37,16 @@ class _Plan:
     resident: Resident
     readers: list[Reader] = field(default_factory=list)
     read: list[tuple[list[int], Tensor]] = field(default_factory=list)  # columns, [n, columns]
+    cosines: list[Tensor] = field(default_factory=list)  # [n, columns] of the same, where they are wanted
     rows: slice | Tensor = field(default_factory=lambda: slice(0))
 
 
 class Probing:
     """The probes of one pass."""
 
-    def __init__(self, readers: Sequence[Reader]) -> None:
+    def __init__(self, readers: Sequence[Reader], cosines: bool = False) -> None:
+        """``cosines``: whether those of the directions and what they read are wanted."""
+        self._cosines = cosines
         plans: dict[int, _Plan] = {}
         for reader in readers:
             resident = reader.state.resident
@@ -63,14 +68,21 @@ class Probing:
             own = x[plan.rows].float()
             if residual is not None:
                 own = own + residual[plan.rows].float()
+            squares = own.square().sum(-1, keepdim=True) if self._cosines else None
             if shard is not None and reduce is not None:
                 values = reduce(own @ directions[:, shard.start : shard.stop].T.to(own.device))
+                squares = None if squares is None else reduce(squares)
             else:
                 values = own @ directions.T.to(own.device)
+            if squares is not None:
+                plan.cosines.append(values / squares.sqrt().clamp_min(1e-30))
             plan.read.append((columns, plan.resident.plan.activated(columns, values)))
 
-    def finish(self, observe: Callable[[Resident, list[int], Values], None] | None) -> None:
-        """Gives each request its values; ``observe`` gets those of a plan's requests together, with their columns."""
+    def finish(self, observe: Observe | None) -> None:
+        """Gives each request its values.
+
+        ``observe`` gets those of a plan's requests together, with their columns, and the cosines if they were wanted.
+        """
         for plan in self._plans:
             if not plan.read:
                 continue
@@ -78,8 +90,8 @@ class Probing:
             values = torch.cat([v for _, v in plan.read], dim=1).float().cpu().numpy()
             order = np.argsort(columns)
             columns, values = [columns[i] for i in order], values[:, order]
-            if observe is not None:
-                observe(plan.resident, columns, values)
+            if observe is not None and self._cosines:
+                observe(plan.resident, columns, values, torch.cat(plan.cosines, dim=1).cpu().numpy()[:, order])
             first = 0
             for reader in plan.readers:
                 count = reader.rows.stop - reader.rows.start

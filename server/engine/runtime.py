@@ -225,7 +225,7 @@ class Runtime:
         if self._streams.places:
             self.wanted = self._streams.places.union(self.wanted)
         self.live = bool(self.wanted)
-        self._probing = Probing(self._owners)
+        self._probing = Probing(self._owners, cosines=sampled)
         self._steps += 1
         due = self._steps % MEASURE_EVERY == 0 or any(o.chosen & o.state.unmeasured for o in self._owners)
         every = self.dosage is not None or any(o.state.whole for o in self._owners)
