@@ -14,14 +14,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from steersman.clients.conflict import measure
 from steersman.clients.sdk import Steersman
 from steersman.steering.asset_fields import ModelRef
 from steersman.steering.assets import Asset
 from steersman.steering.detectors import DetectorMeta
 from steersman.steering.errors import InvalidRequest
 from steersman.steering.mixture import Covariances
-from steersman.steering.signals import HEDGES, features_of, parse_signal, signals_of, summary
+from steersman.steering.signals import HEDGES, features_of, parse_signal, signals_of
 
 PER_COMPONENT: Final = 10
 """Answers for each component: fewer do not tell what its covariance is."""
@@ -33,25 +32,13 @@ def collect(
     """Asks for an answer to each prompt, a text or messages: what it was and its signals. ``body``: of the requests."""
     names = signals_of(features)
     parsed = [parse_signal(name) for name in names]
-    steering = {
-        "signals": [name for name, signal in zip(names, parsed, strict=True) if signal.kind != "conflict"],
-        "probes": [{"vector": s.vector, "layers": [s.layer]} for s in parsed if s.kind == "probe"],
-    }
+    probes = [{"vector": s.vector, "layers": [s.layer]} for s in parsed if s.kind == "probe"]
     model = server.served_model()
     for prompt in prompts:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        if "conflict" in names:
-            found = measure(server, messages, model=model, steering=steering, **body)
-            response: Mapping[str, Any] = found.response
-            more = {"conflict": summary(found.conflict)}
-        else:
-            response, more = server.chat(messages, steering, model=model, **body), {}
-        (signals,) = _signals(response) if steering["signals"] else ({},)
-        yield {
-            "messages": messages,
-            "text": response["choices"][0]["message"]["content"],
-            "signals": {**signals, **more},
-        }
+        response = server.chat(messages, {"signals": names, "probes": probes}, model=model, **body)
+        (signals,) = _signals(response)
+        yield {"messages": messages, "text": response["choices"][0]["message"]["content"], "signals": signals}
 
 
 def read_answers(file: Path) -> list[dict[str, Any]]:

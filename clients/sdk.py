@@ -150,16 +150,6 @@ class Steersman:
         asked = {"messages": messages, **body} | ({"steering": steering} if steering is not None else {})
         return self._json("POST", "/v1/chat/completions", json=asked)
 
-    def completion(self, prompt: str | Sequence[int], **body: Any) -> dict[str, Any]:
-        """One completion of a text or of token ids, as JSON."""
-        given = prompt if isinstance(prompt, str) else list(prompt)
-        return self._json("POST", "/v1/completions", json={"prompt": given, **body})
-
-    def tokenize(self, messages: Sequence[Mapping[str, Any]], **body: Any) -> list[int]:
-        """The ids of the prompt that a chat with these messages has."""
-        found: list[int] = self._json("POST", "/tokenize", json={"messages": list(messages), **body})["tokens"]
-        return found
-
     def _json(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
         found: dict[str, Any] = self._request(method, path, **kwargs).json()
         return found

@@ -24,6 +24,8 @@ RELATIVE_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.
 COSINE_BOUNDS = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
 ENTROPY_BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)  # nats
 _SIZES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0)
+PROBE_COSINE_BOUNDS = (*(-s for s in reversed(_SHARES[:-1])), 0.0, *_SHARES)  # v̂·x / ‖x‖
 PROBE_BOUNDS = (*(-s for s in reversed(_SIZES)), 0.0, *_SIZES)  # v̂·x, in the units of the norms
 
 RULED_OUT = -1e4  # a logit below the largest whose token has no probability left in float32
@@ -46,11 +48,13 @@ class Histograms:
             rows, values = rows[rows >= 0], values[rows >= 0]
         if not len(values):
             return
+        used, width = int(rows.max()) + 1, self.counts.shape[1]
+        cells = rows * width + np.searchsorted(self.bounds.astype(values.dtype), values)
+        self.counts[:used] += np.bincount(cells, minlength=used * width).reshape(used, width)
         values = values.astype(np.float64)
-        np.add.at(self.counts, (rows, np.searchsorted(self.bounds, values)), 1)
-        finite = np.isfinite(values)
-        rows, values = rows[finite], values[finite]
-        np.add.at(self.sums, rows, values)
+        if not (finite := np.isfinite(values)).all():
+            rows, values = rows[finite], values[finite]
+        self.sums[:used] += np.bincount(rows, weights=values, minlength=used)
         np.maximum.at(self.largest, rows, values)
 
     def clear(self) -> None:
@@ -72,24 +76,28 @@ class KeyedHistograms:
         self.other = other
         self._keys: dict[Hashable, int] = {}
         self._all = Histograms(limit + 1, bounds)
-        self._waiting: list[tuple[int, Floats]] = []
+        self._waiting: list[tuple[list[int], Floats]] = []  # rows [k] and their values [k, n]
 
     def add(self, key: Hashable, values: Floats) -> None:
         """Adds ``values`` [n]. They are kept until :meth:`settle`, so the caller must not change them."""
+        self.add_all([key], values[None])
+
+    def add_all(self, keys: Sequence[Hashable], values: Floats) -> None:
+        """Adds ``values`` [k, n] of as many keys."""
+        self._waiting.append(([self._row(key) for key in keys], values))
+
+    def _row(self, key: Hashable) -> int:
         row = self._keys.get(key)
-        if row is None:
-            row = self._keys[key] = len(self._keys) if len(self._keys) < self.limit else -1
-            if row < 0:
-                del self._keys[key]  # else what is not counted apart would be remembered
-                row = self.limit
-        self._waiting.append((row, values))
+        if row is None and len(self._keys) < self.limit:
+            row = self._keys[key] = len(self._keys)
+        return self.limit if row is None else row
 
     def settle(self) -> None:
         """Counts what has been added."""
         if not self._waiting:
             return
-        rows = np.repeat([row for row, _ in self._waiting], [len(values) for _, values in self._waiting])
-        self._all.add(rows, np.concatenate([values for _, values in self._waiting]))
+        rows = np.concatenate([np.repeat(rows, values.shape[1]) for rows, values in self._waiting])
+        self._all.add(rows, np.concatenate([values.ravel() for _, values in self._waiting]))
         self._waiting.clear()
 
     def clear(self) -> None:
@@ -104,12 +112,15 @@ class KeyedHistograms:
         return [(names.get(row, self.other), *rest) for row, *rest in self._all.rows()]  # type: ignore[misc]
 
 
-def stream_of(x: Tensor, residual: Tensor | None, count: int) -> Tensor:
-    """[count, d] float32, the stream of the first rows; shares no memory with what a layer changes in place."""
-    own = x[:count].float()
-    if residual is not None:
-        return torch.add(own, residual[:count])  # in float32, whatever the residual's type
-    return own.clone() if own.data_ptr() == x.data_ptr() else own
+def stream_of(x: Tensor, residual: Tensor | None, out: Tensor, spare: Tensor) -> Tensor:
+    """The stream of the first rows in ``out`` [n, d] float32; ``spare`` is of the same kind.
+
+    Both are given, as fresh memory costs more than what is written there: the system clears it a page at a time.
+    """
+    out.copy_(x[: len(out)])
+    if residual is not None:  # in float32, whatever its type; on a CPU a sum of two types makes a copy of its own
+        out += spare.copy_(residual[: len(out)]) if out.is_cpu else residual[: len(out)]
+    return out
 
 
 def norms(stream: Tensor) -> Tensor:
@@ -117,9 +128,12 @@ def norms(stream: Tensor) -> Tensor:
     return torch.linalg.vector_norm(stream, dim=-1)
 
 
-def cosines(a: Tensor, b: Tensor, a_norms: Tensor, b_norms: Tensor) -> Tensor:
-    """[n] the cosine between rows of ``a`` and ``b`` [n, d] of known norms; 0 where one is zero."""
-    return (a * b).sum(-1) / (a_norms * b_norms).clamp_min(1e-30)
+def cosines(a: Tensor, b: Tensor, a_norms: Tensor, b_norms: Tensor, spare: Tensor) -> Tensor:
+    """[n] the cosine between rows of ``a`` and ``b`` [n, d] of known norms; 0 where one is zero.
+
+    ``spare`` [n, d] is written to.
+    """
+    return torch.mul(a, b, out=spare).sum(-1) / (a_norms * b_norms).clamp_min_(1e-30)
 
 
 def entropies(logits: Tensor) -> Tensor:

@@ -12,7 +12,10 @@ from steersman.steering.sites import ModelInfo, Site
 
 
 def wanted(names: Iterable[str], plan: Plan, model: ModelInfo, tokenizer: Any, hedges: Sequence[str]) -> dict[str, Any]:
-    """By signal, what :mod:`steersman.server.engine.signals` takes. Errors name the signal, ``[0]`` the first one."""
+    """By signal, what :mod:`steersman.server.engine.signals` takes; conflict is none of the engine's.
+
+    Errors name the signal, ``[0]`` the first one.
+    """
     found: dict[str, Any] = {}
     for i, name in enumerate(names):
         with located(f"[{i}]"):
@@ -27,7 +30,7 @@ def wanted(names: Iterable[str], plan: Plan, model: ModelInfo, tokenizer: Any, h
                 found[name] = column
             elif signal.kind == "evidence_entropy":
                 found[name] = hedge_ids(hedges, tokenizer)
-            else:
+            elif signal.kind == "answer_entropy":
                 found[name] = None
     return found
 

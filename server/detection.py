@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from steersman.steering.detectors import DetectorMeta
-from steersman.steering.errors import InvalidRequest
 from steersman.steering.signals import features_of, parse_signal, signals_of
 
 
@@ -22,7 +21,7 @@ class Score:
 
 
 class Detection:
-    """A stored detector, ready to score. Raises InvalidRequest for one that a server cannot score with."""
+    """A stored detector, ready to score."""
 
     def __init__(self, ref: str, meta: DetectorMeta) -> None:
         self.ref = ref  # name@version
@@ -32,10 +31,7 @@ class Detection:
         self.hedges = meta.hedges
         self.signals = signals_of(meta.features)
         self._mixture = meta.mixture()
-        parsed = [parse_signal(name) for name in self.signals]
-        if any(signal.kind == "conflict" for signal in parsed):
-            raise InvalidRequest(f"{ref} needs conflict, which takes a replay: score with `steersman detector score`")
-        self.probes = [signal for signal in parsed if signal.kind == "probe"]
+        self.probes = [signal for signal in map(parse_signal, self.signals) if signal.kind == "probe"]
 
     def scores(self, answers: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[Score]:
         """Of each answer, by what its signals are said to be."""

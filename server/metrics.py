@@ -33,11 +33,13 @@ OUTCOMES = ("steered", "refused", "failed", "cancelled")
 REASONS = tuple(
     error.code for error in (UnknownAsset, UnknownCapture, AssetExists, AssetInUse, AssetCorrupt, StoreUnavailable)
 )
+REPLAYED = ("done", "failed")
 FOUND = ("usual", "unusual", "unscored")
 MAX_ASSETS = 200
 OTHER = "other"
 BUILD_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
+CONFLICTS = (-20.0, -10.0, -5.0, -2.0, -1.0, -0.5, -0.2, -0.1, 0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 SCORES = (-20.0, -10.0, -5.0, -2.0, 0.0, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0, 10000.0)
 
 
@@ -79,9 +81,18 @@ class Metrics:
             ["detector", "outcome"],
             registry=registry,
         )
+        self.conflict = Histogram(
+            "steersman_conflict",
+            "Inferential conflict ln p(y|image, text) - ln p(y|text) of the tokens of replayed answers.",
+            registry=registry,
+            buckets=CONFLICTS,
+        )
+        self.replays = counter("steersman_replays", "Answers replayed without their images, by outcome.", "outcome")
         self._assets: set[str] = set()
         for outcome in OUTCOMES:
             self.requests.labels(outcome)
+        for outcome in REPLAYED:
+            self.replays.labels(outcome)
         for reason in REASONS:
             self.store_errors.labels(reason)
 
@@ -128,6 +139,12 @@ class Metrics:
                 continue
             self.scores.labels(detector).observe(score.value)
             self.answers.labels(detector, "unusual" if score.value > threshold else "usual").inc()
+
+    def replayed(self, conflict: Iterable[float] | None) -> None:
+        """Of one answer, the conflict of each token; None: it could not be replayed."""
+        self.replays.labels("failed" if conflict is None else "done").inc()
+        for value in conflict or ():
+            self.conflict.observe(value)
 
     def store_failed(self, error: StoreError) -> None:
         self.store_errors.labels(error.code).inc()

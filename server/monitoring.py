@@ -21,7 +21,14 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
-from steersman.kernels.statistics import COSINE_BOUNDS, ENTROPY_BOUNDS, NORM_BOUNDS, PROBE_BOUNDS, RELATIVE_BOUNDS
+from steersman.kernels.statistics import (
+    COSINE_BOUNDS,
+    ENTROPY_BOUNDS,
+    NORM_BOUNDS,
+    PROBE_BOUNDS,
+    PROBE_COSINE_BOUNDS,
+    RELATIVE_BOUNDS,
+)
 from steersman.server.engine.frontend import Frontend
 from steersman.server.engine.monitor import GROUPS, OTHER
 from steersman.server.histograms import PreBucketed
@@ -70,6 +77,10 @@ class LayerMetrics:
         self.probes = histogram(
             "probe_value", "What requests' probes read, of sampled tokens.", PROBE_BOUNDS, "probe", "layer"
         )
+        self.aligned = histogram(
+            "probe_cosine", "Cosine between probes' directions and what they are read from, of sampled tokens.",
+            PROBE_COSINE_BOUNDS, "probe", "layer",
+        )  # fmt: skip
         self.entropy = histogram(
             "answer_entropy", "Entropy in nats of the next token's distribution, of sampled tokens.", ENTROPY_BOUNDS
         )
@@ -94,7 +105,8 @@ class LayerMetrics:
             self.largest.labels(str(layer)).set(value)
         for layer, counts, total in answer["layer_cosine"]:
             self.cosines.labels(str(layer)).add(counts, total)
-        for metric, name in ((self.edits, "relative_edit_norm"), (self.probes, "probe_value")):
+        named = {"relative_edit_norm": self.edits, "probe_value": self.probes, "probe_cosine": self.aligned}
+        for name, metric in named.items():
             for asset, layer, counts, total in answer[name]:
                 shown = self._shown(metric, asset)
                 metric.labels(shown, "all" if shown == OTHER else str(layer)).add(counts, total)

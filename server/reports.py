@@ -70,11 +70,16 @@ def _join(parts: Sequence[list[dict[str, Any]]], order: Sequence[str] = ()) -> l
     return sorted(joined.values(), key=lambda report: ranks.get(report["request"], len(ranks)))
 
 
-def block(ticket: Ticket, raw: Sequence[dict[str, Any]], detail: str) -> dict[str, Any]:
-    """The response's ``steering`` object. Raises EngineUnsteered when the engine did not do as asked."""
+def check(raw: Sequence[Mapping[str, Any]]) -> None:
+    """Raises EngineUnsteered when the engine did not do as asked."""
     failed = next((r["error"] for r in raw if r["error"]), None)
     if failed or not raw:
         raise EngineUnsteered(failed or "the engine has no record of having steered this request", "steering")
+
+
+def block(ticket: Ticket, raw: Sequence[dict[str, Any]], detail: str, missing: Sequence[str] = ()) -> dict[str, Any]:
+    """The response's ``steering`` object, if the engine did as asked. ``missing``: of what it cannot tell, in words."""
+    check(raw)
     plan = ticket.plan
     out: dict[str, Any] = {
         "plan": plan.id,
@@ -86,7 +91,7 @@ def block(ticket: Ticket, raw: Sequence[dict[str, Any]], detail: str) -> dict[st
         out["signals"] = [{"choice": i, "signals": _finite_all(r["signals"])} for i, r in enumerate(raw)]
     if detail == "tokens":
         out["sequences"] = [{"choice": i, **_series(plan, r)} for i, r in enumerate(raw)]
-    said = [*_unmatched(ticket), *_untold(ticket, raw), *(over.warning(plan) for over in overdoses(raw))]
+    said = [*_unmatched(ticket), *_untold(ticket, raw), *missing, *(over.warning(plan) for over in overdoses(raw))]
     if warnings := [*plan.warnings, *said]:
         out["warnings"] = warnings
     return out

@@ -52,6 +52,8 @@ class Settings:
     monitor_probes: str = _option("", "stored vectors that statistics read in all requests, comma-separated")
     norm_baseline: str | None = _option(None, "stored baseline that norms are judged by, NAME[@VERSION]")
     detector: str | None = _option(None, "stored detector that scores steered requests' answers, NAME[@VERSION]")
+    max_replays: int = _option(2, "answers that are replayed at once for the signal conflict")
+    max_replay_tokens: int = _option(8192, "longest replay for the signal conflict, prompt and answer")
     max_relative_norm: float | None = _option(None, "largest edit beside the stream, ‖Δx‖/‖x‖ at one token and place")
     dosage: str = _option("warn", "what happens to larger ones: warn, cap or refuse")
     policy: str = _option("auto", "robot policy that the model is: auto (by its config.json), none, openvla, bins")

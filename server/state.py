@@ -30,10 +30,12 @@ class SteeringState:
     serving: Any = None  # vLLM's application state
     capturing: Budget = field(init=False)  # what captures may hold on the workers
     jobs: Runner = field(init=False)
+    replaying: asyncio.Semaphore = field(init=False)  # answers without their images
 
     def __post_init__(self) -> None:
         self.capturing = Budget(self.settings.max_capture_mb << 20)
         self.jobs = Runner(self.settings.max_jobs)
+        self.replaying = asyncio.Semaphore(self.settings.max_replays)
 
 
 def state_of(app: FastAPI) -> SteeringState:

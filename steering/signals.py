@@ -6,7 +6,7 @@
 | `evidence_entropy` | −(p ln p + (1 − p) ln(1 − p)), p = Σ_{v ∈ U} p(v), U the tokens of hedging words; in nats |
 | `norm:LAYER` | ‖x‖ of the stream leaving the layer, after its edits |
 | `probe:VECTOR:LAYER` | what the request's probe of that vector reads there |
-| `conflict` | ln p(y|image, text) − ln p(y|text): a client measures it by a replay (`steersman.clients.conflict`) |
+| `conflict` | ln p(y|image, text) − ln p(y|text), by a replay of the answer (`steering/conflict.py`) |
 
 A feature is `SIGNAL.STATISTIC`, the statistic over the generated tokens of one answer. Entropies and conflict are those
 of "Anatomy of a Lie", which has them in bits; a detector standardises its features, so that the unit does not matter.
@@ -30,7 +30,7 @@ _SIGNAL: Final = re.compile(
     r"(?P<kind>answer_entropy|evidence_entropy|conflict)|norm:(?P<norm>\d{1,6})|"
     r"probe:(?P<vector>[A-Za-z0-9][A-Za-z0-9._-]{0,127}):(?P<layer>\d{1,6})"
 )
-_WANTED: Final = "answer_entropy, evidence_entropy, norm:LAYER or probe:VECTOR:LAYER"
+_WANTED: Final = "answer_entropy, evidence_entropy, conflict, norm:LAYER or probe:VECTOR:LAYER"
 
 
 class Signal(NamedTuple):
@@ -52,10 +52,9 @@ def parse_signal(name: str) -> Signal:
 
 
 def check_signals(names: list[str]) -> list[str]:
-    """Those that the server can tell of, each once. Raises ValueError for others."""
+    """Each once. Raises ValueError for what is none."""
     for name in names:
-        if parse_signal(name).kind == "conflict":
-            raise ValueError("conflict takes a replay, which a client makes: steersman.clients.conflict")
+        parse_signal(name)
     if len(set(names)) != len(names):
         raise ValueError("a signal is named twice")
     return names

@@ -384,7 +384,7 @@ class Steering(Model):
     signals: Annotated[list[str], AfterValidator(check_signals)] = Field(
         default_factory=list,
         max_length=MAX_SIGNALS,
-        description="told of the generated tokens: answer_entropy, evidence_entropy, norm:LAYER, probe:VECTOR:LAYER",
+        description="of each generated token: answer_entropy, evidence_entropy, conflict, norm:LAYER, probe:NAME:LAYER",
     )
 
     @property

@@ -10,7 +10,9 @@ from deploy.grafana.promql import SERVERS, buckets, in_order, mean, quantile, ra
 EDITED = "steersman_edited_tokens_total"
 EDIT = "steersman_relative_edit_norm"
 PROBE = "steersman_probe_value"
+COSINE = "steersman_probe_cosine"
 SCORE = "steersman_detector_score"
+CONFLICT = "steersman_conflict"
 ANSWERS = "steersman_detector_answers_total"
 ASSET = 'asset=~"$asset"'
 CHOSEN = 'probe=~"$probe"'
@@ -77,17 +79,18 @@ def assets() -> Dashboard:
             zero=False,
         ),
         lines(
+            "Probe cosines",
+            "Between a probe's direction and the stream: median and 95th percentile by probe, over all layers.",
+            Query(quantile(0.5, COSINE, CHOSEN, by=["probe"]), "{{probe}} p50"),
+            Query(quantile(0.95, COSINE, CHOSEN, by=["probe"]), "{{probe}} p95"),
+            zero=False,
+        ),
+        lines(
             "Above the threshold",
             "95th percentile less the probe's threshold, over five minutes. Above 0 the alert is on its way; "
             "a probe without a threshold shows no curve.",
             Query(f"max by (probe) (steersman:probe_value:excess{{{SERVERS}, {CHOSEN}}}) > -Inf", "{{probe}}"),
             zero=False,
-        ),
-        lines(
-            "Entropy of the answers",
-            "Of the distribution of each generated token, in nats.",
-            Query(quantile(0.5, "steersman_answer_entropy"), "p50"),
-            Query(quantile(0.95, "steersman_answer_entropy"), "p95"),
         ),
         rows_over_time(
             "Probes by layer",
@@ -100,11 +103,17 @@ def assets() -> Dashboard:
             "Readings a second, of those sampled, in each range of values.",
             Query(buckets(PROBE, CHOSEN), "{{le}}"),
         ),
+        lines(
+            "Entropy of the answers",
+            "Of the distribution of each generated token, in nats.",
+            Query(quantile(0.5, "steersman_answer_entropy"), "p50"),
+            Query(quantile(0.95, "steersman_answer_entropy"), "p95"),
+        ),
         distribution(
             "Distribution of the entropy",
             "Generated tokens a second, of those sampled, in each range of entropies, in nats.",
             Query(buckets("steersman_answer_entropy"), "{{le}}"),
-            width=24,
+            width=16,
         ),
     ]
     unusual = rate(ANSWERS, 'outcome="unusual"', by=["detector"])
@@ -127,6 +136,25 @@ def assets() -> Dashboard:
             "Distribution of the scores",
             "Answers a second in each range of scores, of all detectors.",
             Query(buckets(SCORE), "{{le}}"),
+            width=8,
+        ),
+        lines(
+            "Conflict of the answers",
+            "How much likelier images make a token of the answer than the words alone: ln p with less ln p without, of "
+            "answers that were replayed. Below 0 the images speak against the token.",
+            Query(quantile(0.05, CONFLICT), "p5"),
+            Query(quantile(0.5, CONFLICT), "p50"),
+            zero=False,
+        ),
+        lines(
+            "Replays",
+            "Answers a second that were replayed without their images, by outcome.",
+            Query(rate("steersman_replays_total", by=["outcome"]), "{{outcome}}"),
+        ),
+        distribution(
+            "Distribution of the conflict",
+            "Tokens a second in each range of conflict, in nats.",
+            Query(buckets(CONFLICT), "{{le}}"),
             width=8,
         ),
     ]

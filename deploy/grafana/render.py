@@ -37,6 +37,8 @@ INCHES = (0.7, 0.32)
 TITLE_INCHES = 0.5
 COLOURS = {"Turbo": "turbo", "Blues": "Blues"}
 UNITS = {"percentunit": (100.0, " %"), "s": (1.0, " s"), "reqps": (1.0, "/s"), "ops": (1.0, "/s"), "short": (1.0, "")}
+SMALL = 7
+"""Points of a letter in a panel."""
 MOST_CURVES = 8
 """More do not fit in a panel's legend."""
 
@@ -114,7 +116,7 @@ def draw(board: Mapping[str, Any], source: Source) -> Figure:
         if panel["type"] == "row":
             frame.text(0, 0.2, panel["title"], weight="bold", size=10)
             continue
-        frame.text(0.01, 0.99, panel["title"], size=8, va="top", weight="bold")
+        frame.text(0.01, 0.99, panel["title"], size=9, va="top", weight="bold")
         answers = [(t, source.answers(t, variables)) for t in panel["targets"]]
         if not any(found for _, found in answers):
             frame.text(0.5, 0.5, "no data", ha="center", color="grey")
@@ -133,7 +135,7 @@ def _chart(frame: Axes, width: float, minutes: np.ndarray) -> Axes:
     axes = frame.inset_axes((0.085, 0.13, width, 0.73))
     axes.set_xlim(minutes[0], minutes[-1])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} min")
-    axes.tick_params(which="both", labelsize=6)
+    axes.tick_params(which="both", labelsize=SMALL)
     return axes
 
 
@@ -154,10 +156,15 @@ def _curves(frame: Axes, panel: Mapping[str, Any], answers: Answers) -> None:
     elif "axisSoftMin" in custom:
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}{unit}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.3g}{unit}")  # only a logarithmic axis has them
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.3g}{unit}" if _labelled(value) else "")
     axes.grid(alpha=0.3)
     if len(found) <= MOST_CURVES:
-        axes.legend(fontsize=5, loc="upper left", framealpha=0.6)
+        axes.legend(fontsize=SMALL, loc="best", framealpha=0.7, labelspacing=0.2, handlelength=1.2, borderpad=0.3)
+
+
+def _labelled(value: float) -> bool:
+    """Of what lies between the powers of ten on a logarithmic axis, 2 and 5 times one: more labels would touch."""
+    return value > 0 and round(value / 10 ** math.floor(math.log10(value)), 6) in (2, 5)
 
 
 def _heat(frame: Axes, panel: Mapping[str, Any], answers: Answers) -> None:
@@ -166,7 +173,7 @@ def _heat(frame: Axes, panel: Mapping[str, Any], answers: Answers) -> None:
     factor, unit = UNITS[options.get("cellValues", {}).get("unit", "short")]
     if target["format"] == "heatmap":
         bounds, times, values = bands(series)
-        names = [f"{bound:g}" for bound in bounds]
+        names = ["∞" if math.isinf(bound) else f"{bound:g}" for bound in bounds]
     else:
         times, values = matrix(series)
         names = [legend(target["legendFormat"], s["metric"]) for s in series]
@@ -184,11 +191,11 @@ def _heat(frame: Axes, panel: Mapping[str, Any], answers: Answers) -> None:
         norm=mpl.colors.PowerNorm(power, low, high if high > low else low + 1),
         shading="nearest",
     )
-    every = math.ceil(len(names) / 16)
+    every = math.ceil(len(names) / 12)
     axes.set_yticks(range(0, len(names), every), names[::every])
     bar = frame.figure.colorbar(image, cax=frame.inset_axes((0.935, 0.13, 0.012, 0.73)))
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}{unit}")
-    bar.ax.tick_params(labelsize=6)
+    bar.ax.tick_params(labelsize=SMALL)
 
 
 def _number(frame: Axes, panel: Mapping[str, Any], answers: Answers) -> None:
@@ -216,9 +223,9 @@ def _table(frame: Axes, panel: Mapping[str, Any], answers: Answers) -> None:
         cells.append([row, *("" if math.isnan(value) else f"{value:.3g}{unit}" for value, unit in scaled)])
     tall = min(0.86, 0.11 * (len(rows) + 1))
     place = Bbox.from_bounds(0.01, 0.88 - tall, 0.98, tall)
-    table = frame.table(cells, colLabels=[label, *titles], bbox=place, edges="horizontal")
+    table = frame.table(cells, colLabels=[label, *titles], colLoc="right", bbox=place, edges="horizontal")
     table.auto_set_font_size(False)
-    table.set_fontsize(6)
+    table.set_fontsize(SMALL)
 
 
 DRAWN = {"timeseries": _curves, "heatmap": _heat, "stat": _number, "table": _table}

@@ -23,7 +23,7 @@ from steersman.server.engine.captures import Wanted
 from steersman.server.engine.prompts import RoleFinder, TextFinder
 from steersman.server.kept import KeptCaptures
 from steersman.server.settings import Settings
-from steersman.steering import errors, spec
+from steersman.steering import conflict, errors, spec
 from steersman.steering.assets import Asset, ModelRef, ProfileMeta
 from steersman.steering.directions import Library
 from steersman.steering.plan import Plan
@@ -54,12 +54,22 @@ class _Pin:
     last_used: float = 0.0
 
 
+class Answer(NamedTuple):
+    """What was generated, and ln p of each token where the ticket asks for conflict."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
 class Generated(NamedTuple):
     """One sequence that is generated for a request."""
 
     prompt: str  # names the prompt among those of the request
     number: int  # among the sequences of that prompt
     positions: Callable[[], int]  # how many tokens have been fed in for what the response says of it
+    answer: Callable[[], Answer]
+    lora: Any = None  # vLLM's, as the request names it
+    priority: int = 0  # of its scheduling
 
 
 @dataclass
@@ -76,6 +86,9 @@ class Ticket:
     whole: bool = False  # whether every token is told of
     capture: Wanted | None = None  # what of its prompt is captured
     signals: Mapping[str, Any] | None = None  # what is told of the generated tokens
+    conflict: bool = False  # whether its answer is replayed without the images
+    without_images: Callable[[], Awaitable[Any]] | None = None  # makes ready the prompt of the chat without them
+    prompt_tokens: int | None = None  # of a replay, how many are the prompt; those after it were generated
     refused: errors.SteeringError | None = None  # why a prompt of the request cannot be steered
     sequences: dict[str, Generated] = field(default_factory=dict)  # by the engine's id
 
@@ -177,7 +190,7 @@ class Frontend:
 
         Whoever gets it calls :meth:`finish` in the end.
         """
-        plan, content, asked = await asyncio.to_thread(self._build, data)
+        plan, content, asked = await asyncio.to_thread(self._build, data, about.get("messages"))
         pin = self._pins.get(plan.id)
         if pin is None:
             pin = self._pins[plan.id] = _Pin()
@@ -209,16 +222,22 @@ class Frontend:
         asked = spec.parse(data)
         return self.resolver.resolve(asked, self._recent_default() if asked.default else None)
 
-    def _build(self, data: object) -> tuple[Plan, bytes, dict[str, Any]]:
-        """The plan, its content if the workers may not have it, and what is to be told of, for the ticket."""
+    def _build(self, data: object, messages: Sequence[Any] | None = None) -> tuple[Plan, bytes, dict[str, Any]]:
+        """The plan, its content if the workers may not have it, and what is to be told of, for the ticket.
+
+        ``messages``: of a chat.
+        """
         asked = spec.parse(data)
+        conflict.check_images(asked.signals, messages)
         plan, signals = self.with_signals(asked)
         if asked.every_token:
             _refuse_wide(plan, "stream_probes" if asked.stream_probes else "report")
         if asked.stream_probes and not plan.probes:
             raise errors.InvalidRequest("needs probes", "steering.stream_probes")
         content = plan.to_bytes() if plan.id not in self._pins else b""
-        return plan, content, {"whole": asked.every_token, "signals": signals}
+        names = (*asked.signals, *(self.detector.signals if self.detector is not None else ()))
+        replays = conflict.SIGNAL in names and conflict.has_images(messages or ())
+        return plan, content, {"whole": asked.every_token, "signals": signals, "conflict": replays}
 
     def with_signals(self, asked: spec.Steering) -> tuple[Plan, dict[str, Any]]:
         """The plan, with the probes that the detector needs, and the signals of the request and the detector."""
@@ -278,6 +297,11 @@ class Frontend:
         pin.users += 1
         self.tickets[ticket.key] = ticket
         return ticket
+
+    def again(self, ticket: Ticket, prompt_tokens: int) -> Ticket:
+        """A ticket for the same plan, whose request is a prompt of so many tokens and an answer after it."""
+        about = {"messages": ticket.messages, "render": ticket.render, "prompt_tokens": prompt_tokens}
+        return self._issue(ticket.plan, ticket.pin, **about)
 
     def finish(self, ticket: Ticket) -> None:
         """The request that ``ticket`` was made for has ended, however it did. Again: nothing."""

@@ -7,7 +7,9 @@ prompt's token ids, its images' places (see ``images``) and a copy of the parame
 both engines reaches the workers. ``SamplingParams.skip_reading_prefix_cache`` makes a request compute its whole prompt.
 Each sequence then goes through ``OutputProcessor.add_request(request, prompt, parent_req, request_index)`` under the id
 that the engine knows it by, and its entry in ``request_states`` counts the tokens of the response
-(``prompt_len``, ``detokenizer.num_output_tokens()``), which the engine may have run past.
+(``prompt_len``, ``detokenizer.num_output_tokens()``), which the engine may have run past. With
+``SamplingParams.logprobs`` it has ln p of ``detokenizer.output_token_ids`` in ``logprobs_processor.logprobs``, a
+mapping by id for each, streamed or not.
 
 ``extra_args["steering"]`` is a steering object, that object as a JSON string, or a :class:`TicketKey`
 when an HTTP route has already prepared it: a type, so that nothing that a client writes can pass for one. For the same
@@ -31,7 +33,7 @@ from typing import Any
 
 from vllm import exceptions
 
-from steersman.server.engine.frontend import Frontend, Generated, Ticket, TicketKey
+from steersman.server.engine.frontend import Answer, Frontend, Generated, Ticket, TicketKey
 from steersman.server.engine.images import prompt_images
 from steersman.server.engine.wire import KEY, args_of, make_args
 from steersman.steering.errors import InvalidRequest, SteeringError
@@ -144,6 +146,8 @@ def _wrap_process_inputs(original: Any) -> Any:
             params.extra_args = {**others, KEY: _finish(ticket, request)}
             if ticket.capture is not None or any(g.needs_whole_prompt for g in ticket.plan.gates):
                 params.skip_reading_prefix_cache = True
+            if ticket.conflict and params.logprobs is None:
+                params.logprobs = 0  # of the sampled tokens alone
         return request
 
     return process_inputs
@@ -163,8 +167,15 @@ def _wrap_output(original: Any) -> Any:
         ticket = Frontend.current().tickets.get(ours["key"]) if ours else None
         if ticket is not None:
             name = (parent or request).request_id
-            fed = _counter(self.request_states[request.request_id])
-            ticket.sequences[request.request_id] = Generated(name, bound.arguments["request_index"], fed)
+            state = self.request_states[request.request_id]
+            ticket.sequences[request.request_id] = Generated(
+                name,
+                bound.arguments["request_index"],
+                _counter(state),
+                functools.partial(_answer, state),
+                request.lora_request,
+                request.priority,
+            )
 
     return add_request
 
@@ -173,6 +184,13 @@ def _counter(state: Any) -> Callable[[], int]:
     """Counts the tokens that a sequence's response needed: the last generated one is not fed in."""
     length, detokenizer = state.prompt_len, state.detokenizer
     return lambda: int(length + max(detokenizer.num_output_tokens() - 1, 0))
+
+
+def _answer(state: Any) -> Answer:
+    """The tokens of a sequence's response."""
+    ids = [int(i) for i in state.detokenizer.output_token_ids]
+    rows = state.logprobs_processor.logprobs or ()
+    return Answer(ids, [float(row[i].logprob) for row, i in zip(rows, ids, strict=bool(rows))])
 
 
 def _ticket(given: Any) -> Ticket:
@@ -188,7 +206,7 @@ def _finish(ticket: Ticket, request: Any) -> dict[str, Any]:
     with _refusing(ticket):
         if request.prompt_token_ids is None:
             raise InvalidRequest("a prompt given as embeddings cannot be steered", FIELD)
-        ids = request.prompt_token_ids
+        ids = request.prompt_token_ids[: ticket.prompt_tokens]
         images = prompt_images(request.mm_features)
         prompt = Prompt(ids, ticket.text_finder(ids), ticket.role_finder(ids), images)
         paths = [f"{step.path}.tokens" for step in ticket.plan.steps]

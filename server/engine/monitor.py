@@ -7,6 +7,7 @@ Every ``every``-th forward pass is looked at, with all its tokens; the others co
 * the cosine between the streams that enter and leave a layer, each after its edits; 1 where a layer does nothing;
 * ‖Δx‖/‖x‖ of each edit whose gate was open, x being the stream before any edit of that place; by asset and layer;
 * what probes read, by asset and layer: those of requests, and those that are read for all (:meth:`watch_probes`);
+  and the cosine between their directions and what they are read from, features apart;
 * the entropy, in nats, of the model's distribution of the token that comes next, where a token was sampled and the
   engine does not speculate;
 * outliers: tokens whose ln‖x‖ is more than ``OUTLIER`` standard deviations from its mean at that layer: the stored
@@ -44,6 +45,7 @@ from steersman.kernels.statistics import (
     ENTROPY_BOUNDS,
     NORM_BOUNDS,
     PROBE_BOUNDS,
+    PROBE_COSINE_BOUNDS,
     RELATIVE_BOUNDS,
     Histograms,
     Ints,
@@ -80,6 +82,7 @@ class _Buffers:
         self.entropy = Histograms(1, ENTROPY_BOUNDS)
         self.edits = KeyedHistograms(MAX_KEYS, RELATIVE_BOUNDS, (OTHER, -1))
         self.probes = KeyedHistograms(MAX_KEYS, PROBE_BOUNDS, (OTHER, -1))
+        self.aligned = KeyedHistograms(MAX_KEYS, PROBE_COSINE_BOUNDS, (OTHER, -1))  # cosines of the same probes
         self.gates: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])  # asset -> decisions, open
         self.outliers = np.zeros(layers, np.int64)
         self.passes = 0
@@ -96,6 +99,7 @@ class _Buffers:
             "answer_entropy": [[counts, total] for _, counts, total, _ in self.entropy.rows()],
             "relative_edit_norm": [[*key, counts, total] for key, counts, total, _ in self.edits.rows()],  # type: ignore[misc]
             "probe_value": [[*key, counts, total] for key, counts, total, _ in self.probes.rows()],  # type: ignore[misc]
+            "probe_cosine": [[*key, counts, total] for key, counts, total, _ in self.aligned.rows()],  # type: ignore[misc]
             "gates": [[asset, *both] for asset, both in self.gates.items()],
             "norm_outliers": [[int(i), int(self.outliers[i])] for i in np.flatnonzero(self.outliers)],
             "passes": self.passes,
@@ -145,10 +149,11 @@ class Monitor:
         self._finished: list[bool] | None = None  # by request, whether its next token is sampled; of the last pass
         self._entering: tuple[int, Tensor, Tensor] | None = None  # layer, its stream and norms
         self._left: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None  # what the last layer left, and those
+        self._room: tuple[Tensor, ...] = ()  # 3 × [rows, d] in a pass: streams entering and leaving a layer, a spare
         self._norms: dict[int, Tensor] = {}
         self._cosines: dict[int, Tensor] = {}
         self._watched: dict[Place, tuple[list[str], Tensor]] = {}  # names, directions [k, d]
-        self._watched_values: list[tuple[int, list[str], Tensor]] = []  # layer, names, [n, k]; of this pass
+        self._watched_values: list[tuple[int, list[str], Tensor, Tensor]] = []  # layer, names, [k, n], norms [n]
         self._streams = self.places
         self._logged = False
 
@@ -218,33 +223,50 @@ class Monitor:
         if not self.counts or place not in self.places:
             return
         with self._guarded():
+            entering = place.site is Site.RESID_PRE
             left, self._left = self._left, None
-            if left is not None and (left[0] is not x or left[1] is not residual or edited):
-                left = None
-            stream = stream_of(x, residual, len(self._groups)) if left is None else left[2]
+            if left is not None and entering and left[0] is x and left[1] is residual and not edited:
+                stream, lengths = left[2:]
+                before, after, spare = self._room
+                self._room = after, before, spare  # the stream that was left is that which enters
+            else:
+                own, spare = self._room_for(place, x, entering)
+                stream = stream_of(x, residual, own, spare)
+                lengths = norms(stream)
             if place in self._watched:
                 names, directions = self._watched[place]
-                self._watched_values.append((place.layer, names, stream @ directions.T.to(stream.device)))
+                self._watched_values.append((place.layer, names, directions.to(stream.device) @ stream.T, lengths))
             if place not in self._streams:
                 return
-            lengths = norms(stream) if left is None else left[3]
-            if place.site is Site.RESID_PRE:
+            if entering:
                 self._entering = place.layer, stream, lengths
                 return
             self._left = x, residual, stream, lengths
             self._norms[place.layer] = lengths
             if self._entering is not None and self._entering[0] == place.layer:
-                self._cosines[place.layer] = cosines(self._entering[1], stream, self._entering[2], lengths)
+                self._cosines[place.layer] = cosines(self._entering[1], stream, self._entering[2], lengths, spare)
             self._entering = None
 
-    def probed(self, resident: Resident, columns: list[int], values: Values) -> None:
-        """What probes read in this pass: [n, columns] of these reads of a plan."""
+    def _room_for(self, place: Place, x: Tensor, entering: bool) -> tuple[Tensor, Tensor]:
+        """Two [rows, d] float32 to write to: the second at once, the first until the layer is left."""
+        if place not in self._streams:  # a probe's, of any width
+            own, spare = torch.empty(2, len(self._groups), x.shape[-1], device=x.device)
+            return own, spare
+        if not self._room:
+            self._room = torch.empty(3, len(self._groups), x.shape[-1], device=x.device).unbind()
+        before, after, spare = self._room
+        return before if entering else after, spare
+
+    def probed(self, resident: Resident, columns: list[int], values: Values, cosines: Values) -> None:
+        """What probes read in this pass: [n, columns] of these reads of a plan, and their cosines."""
         if self.counts:
             with self._guarded():
-                for column, own in zip(columns, values.T, strict=True):
+                for column, own, aligned in zip(columns, values.T, cosines.T, strict=True):
                     read = resident.plan.probes[column]
-                    name = _unversioned(resident.plan.probe_names[read.probe])
-                    self._buffers.probes.add((name, read.place.layer), own)
+                    key = _unversioned(resident.plan.probe_names[read.probe]), read.place.layer
+                    self._buffers.probes.add(key, own)
+                    if read.activation is None:
+                        self._buffers.aligned.add(key, aligned)
 
     def end(self, measured: Iterable[Measured]) -> None:
         """The pass is over, in which these edits were measured. Does nothing unless it was looked at."""
@@ -252,32 +274,38 @@ class Monitor:
             with self._guarded():
                 self._count(measured)
         self.sampling = False
-        self._entering, self._left = None, None
+        self._entering, self._left, self._room = None, None, ()
         self._norms, self._cosines, self._watched_values = {}, {}, []
 
     def _count(self, measured: Iterable[Measured]) -> None:
         kept = self._buffers
         kept.passes += 1
+        somebodys = self._groups >= 0
         if self._norms:
             layers, lengths = _stacked(self._norms)
-            nobodys = self._groups < 0
             rows = layers[:, None] * len(GROUPS) + self._groups
-            rows[:, nobodys] = -1
+            rows[:, ~somebodys] = -1
             kept.norms.add(rows.ravel(), lengths.ravel())
-            kept.outliers[layers] += self._baseline.judge(layers, lengths[:, ~nobodys])
+            kept.outliers[layers] += self._baseline.judge(layers, lengths[:, somebodys])
         if self._cosines:
             layers, found = _stacked(self._cosines)
-            rows = np.where(self._groups < 0, -1, layers[:, None])
+            rows = np.where(somebodys, layers[:, None], -1)
             kept.cosines.add(rows.ravel(), found.ravel())
-        for layer, names, read in self._watched_values:
-            values = read.cpu().numpy()[self._groups >= 0]
-            for name, own in zip(names, values.T, strict=True):
-                kept.probes.add((name, layer), own)
+        if self._watched_values:
+            keys = [(name, layer) for layer, names, *_ in self._watched_values for name in names]
+            values = torch.cat([read for *_, read, _ in self._watched_values]).cpu().numpy()  # [keys, n]
+            sizes = torch.stack([lengths for *_, lengths in self._watched_values]).cpu().numpy()
+            sizes = np.repeat(sizes, [len(names) for _, names, *_ in self._watched_values], axis=0)
+            if not somebodys.all():
+                values, sizes = values[:, somebodys], sizes[:, somebodys]
+            kept.probes.add_all(keys, values)
+            kept.aligned.add_all(keys, values / np.maximum(sizes, 1e-30))
         for sized in each(measured):
             for name in _assets(sized.resident.plan.steps[sized.intervention]):
                 kept.edits.add((name, sized.place.layer), sized.values)
         kept.edits.settle()
         kept.probes.settle()
+        kept.aligned.settle()
 
     def gate(self, state: RequestState, index: int, masks: Masks, values: Tensor) -> None:
         """A request's gate has been read for its rows in this pass: [n] ``values`` and the rows' ``masks``."""

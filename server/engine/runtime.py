@@ -230,6 +230,8 @@ class Runtime:
                 fail([state], f"laying out its tokens failed: {error}")
                 continue
             owner.on_device = self._runs_on_device(state, entry.start, rows)
+            if sampled and state.resident.plan.probes:
+                owner.on_device = False  # statistics want the cosines as well, which only the host makes
             runs = on_device if owner.on_device else key
             probed = owner.on_device and bool(state.resident.plan.probes)  # rows that nothing edits are read as well
             if entry.n == 1 and (owner.chosen or probed):
@@ -268,7 +270,7 @@ class Runtime:
             host = self._layout, self._reads, self._captures.places, self._streams.places, seen
             self._fuse(self.device, host)
         self.live = bool(self.wanted or self.fused)
-        self._probing = Probing([o for o in self._owners if not o.on_device])
+        self._probing = Probing([o for o in self._owners if not o.on_device], cosines=sampled)
         self._steps += 1
         due = self._steps % MEASURE_EVERY == 0 or any(o.chosen & o.state.unmeasured for o in self._owners)
         every = self.dosage is not None or any(o.state.whole for o in self._owners)
@@ -280,7 +282,6 @@ class Runtime:
         """The pass is over: what runs outside of one, such as a dummy batch, is not edited."""
         if self._unmade:
             fail([o.state for o in self._owners], f"{min(self._unmade).name} was not edited: no norm was called there")
-        sampled = self.monitor is not None and self.monitor.sampling
         try:
             self._note()
         except Exception as error:
@@ -293,18 +294,18 @@ class Runtime:
                 owner.state.note_edits(owner.start, owner.masks, owner.gates)
         try:
             if self.device is not None:
-                self._read_back(self.device, sampled)
+                self._read_back(self.device)
         except Exception as error:
             fail([o.state for o in self._owners], f"reading back what was decided failed: {error}")
         self._rest()
 
-    def _read_back(self, device: DevicePlans, sampled: bool) -> None:
+    def _read_back(self, device: DevicePlans) -> None:
         """Has brought to the host what the pass has decided and read on the device."""
         owners = [o for o in self._owners if o.on_device]
         if gated := [o for o in owners if o.state.decides_each]:
             device.told_gates.take(max(o.row + o.count for o in gated), partial(self._note_gates, gated))
         if probed := [o for o in owners if o.state.resident is not None and o.state.resident.plan.probes]:
-            note = partial(self._note_probes, probed, Probing(probed), sampled)
+            note = partial(self._note_probes, probed, Probing(probed))
             device.told_probes.take(max(o.row + o.count for o in probed), note)
 
     def _settle(self, wait: bool = False) -> None:
@@ -325,11 +326,11 @@ class Runtime:
             except Exception as error:
                 fail([owner.state], f"noting what its gates decided failed: {error}")
 
-    def _note_probes(self, owners: Sequence[Owner], probing: Probing, sampled: bool, values: Tensor) -> None:
-        """What probes have read: [rows, reads] of a pass, ``sampled`` by the statistics or not."""
+    def _note_probes(self, owners: Sequence[Owner], probing: Probing, values: Tensor) -> None:
+        """What probes have read: [rows, reads] of a pass that no statistics looked at."""
         try:
             assert self.device is not None
-            probing.note(values, self.device.has, self.monitor.probed if self.monitor is not None and sampled else None)
+            probing.note(values, self.device.has)
         except Exception as error:
             fail([o.state for o in owners], f"noting what its probes read failed: {error}")
 

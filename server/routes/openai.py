@@ -30,7 +30,8 @@ from steersman.server.engine.wire import KEY
 from steersman.server.routes import streams
 from steersman.server.routes.served import Served, spliced
 from steersman.server.state import state_of
-from steersman.steering.errors import InvalidRequest
+from steersman.steering.conflict import without_images
+from steersman.steering.errors import EngineUnsteered, InvalidRequest
 from steersman.steering.plan import Plan
 from steersman.steering.spec import Steering
 
@@ -174,11 +175,12 @@ def _asked(request: Any) -> Any:
 
 
 def chat_context(request: Any, raw: Request) -> dict[str, Any]:
-    """What finding roles in the prompt needs: the messages, and the chat template as the server renders it.
+    """What finding roles in the prompt and replaying its answer need: the messages, and how the server renders them.
 
     The contract with vLLM: ``request.build_chat_params`` and the chat handler's ``chat_template`` and
     ``default_chat_template_kwargs`` say what the template is called with; tools go with it unless the server leaves
-    them out.
+    them out. ``render_chat_request(request)`` of the handler makes a chat's prompt ready for the engine: it returns a
+    pair, whose second is a list of one prompt, or an error response.
     """
     handler = getattr(raw.app.state, "openai_serving_chat", None)
     args = getattr(raw.app.state, "args", None)
@@ -196,7 +198,15 @@ def chat_context(request: Any, raw: Request) -> dict[str, Any]:
         tokenizer = state_of(raw.app).frontend.tokenizer
         return str(tokenizer.apply_chat_template(list(messages), **{**options, "tokenize": False}))
 
-    return {"messages": request.messages, "render": render}
+    async def ready() -> Any:
+        plain = request.model_copy(update={"messages": without_images(request.messages)})
+        found = await handler.render_chat_request(plain)  # type: ignore[union-attr]
+        if not isinstance(found, tuple):
+            raise EngineUnsteered(f"the messages without images are not taken: {found.error.message}")
+        _, (prompt,) = found
+        return prompt
+
+    return {"messages": request.messages, "render": render, "without_images": ready}
 
 
 def _add(response: Response, report: Mapping[str, Any]) -> None:

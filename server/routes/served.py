@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from steersman.server import conflict
 from steersman.server.engine.frontend import Ticket
 from steersman.server.reports import block, overdoses, refuse_overdose
 from steersman.server.state import SteeringState
@@ -29,7 +30,8 @@ class Served:
             self.state.metrics.overdosed(plan, overdoses(raw), settings.dosage)
             if settings.dosage == "refuse":
                 refuse_overdose(plan, raw, settings.max_relative_norm)
-        report = block(self.ticket, raw, self.detail)
+        missing = await conflict.tell(self.state, self.ticket, raw, self.detail == "tokens")
+        report = block(self.ticket, raw, self.detail, missing)
         self.state.metrics.observe(plan, report)
         detector = self.state.frontend.detector
         if detector is not None and self.ticket.capture is None:  # which takes activations, and answers nothing

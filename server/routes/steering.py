@@ -15,7 +15,7 @@ from steersman.server import prompting
 from steersman.server.access import admin
 from steersman.server.answers import Json
 from steersman.server.state import SteeringState, state_of
-from steersman.steering import plan_lint, spec
+from steersman.steering import conflict, plan_lint, spec
 from steersman.steering.assets import validation_error
 from steersman.steering.errors import InvalidRequest, SteeringError, located
 from steersman.steering.plan import Plan
@@ -122,7 +122,10 @@ async def _body(raw: Request, param: str) -> Any:
 
 
 def _resolve(request: ResolveRequest, state: SteeringState) -> dict[str, Any]:
-    plan, _ = state.frontend.with_signals(spec.parse({} if request.steering is None else request.steering))
+    asked = spec.parse({} if request.steering is None else request.steering)
+    if request.messages is not None or request.prompt is not None:
+        conflict.check_images(asked.signals, request.messages)
+    plan, _ = state.frontend.with_signals(asked)
     out = _describe(plan)
     found = plan_lint.lint(plan, _usual_norms(state))
     out["warnings"] += [finding.message for finding in found.findings]

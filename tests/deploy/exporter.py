@@ -25,6 +25,7 @@ NORMS = tuple(2.0**i for i in range(-2, 13))
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 VALUES = (-8.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
 COSINES = (-0.5, 0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
+SHARED = (-0.5, -0.1, 0.0, 0.1, 0.5, 1.0)
 NATS = (0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0)
 
 METRICS: dict[str, tuple[type[Any], tuple[str, ...], tuple[float, ...] | None]] = {
@@ -33,10 +34,13 @@ METRICS: dict[str, tuple[type[Any], tuple[str, ...], tuple[float, ...] | None]] 
     "steersman_activation_norm": (Histogram, ("layer", "tokens", "steered"), NORMS),
     "steersman_relative_edit_norm": (Histogram, ("asset", "layer"), SHARES),
     "steersman_probe_value": (Histogram, ("probe", "layer"), VALUES),
+    "steersman_probe_cosine": (Histogram, ("probe", "layer"), SHARED),
     "steersman_gate_open": (Counter, ("asset",), None),
     "steersman_gate_decisions": (Counter, ("asset",), None),
     "steersman_layer_cosine": (Histogram, ("layer",), COSINES),
     "steersman_answer_entropy": (Histogram, (), NATS),
+    "steersman_conflict": (Histogram, (), VALUES),
+    "steersman_replays": (Counter, ("outcome",), None),
     "steersman_norm_outliers": (Counter, ("layer",), None),
     "steersman_detector_score": (Histogram, ("detector",), VALUES),
     "steersman_detector_answers": (Counter, ("detector", "outcome"), None),
@@ -85,6 +89,9 @@ class Page:
         self._set("store_assets", 1, "profile")
         self._see("plan_build_seconds", self.random.lognormvariate(-4, 1))
         self._see("answer_entropy", self.random.gammavariate(2, 0.6))
+        self._see("conflict", self.random.gauss(0.5, 2))
+        for outcome, times in (("done", 4), ("failed", 1)):
+            self._count("replays", times, outcome)
         for outcome, times in (("usual", 8), ("unusual", 2), ("unscored", 1)):
             self._count("detector_answers", times, "odd", outcome)
         for _ in range(10):
@@ -119,6 +126,7 @@ class Page:
         self._count("norm_outliers", self.random.randint(0, 2), layer)
         for probe in PROBES:
             self._see("probe_value", self.random.gauss(3 if probe == "sentiment" else -1, 1.5), probe, layer)
+            self._see("probe_cosine", self.random.gauss(0.2 if probe == "sentiment" else -0.1, 0.1), probe, layer)
 
     def _vllm(self) -> None:
         engine = ("tiny", "0")

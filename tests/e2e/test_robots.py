@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,6 @@ import torch
 from PIL import Image
 
 from steersman.clients import arrays
-from steersman.clients.conflict import measure
 from steersman.clients.robot import HttpRobot, SocketRobot
 from steersman.clients.sdk import Steersman, SteersmanError
 from steersman.clients.simulators import study, watchdog
@@ -228,32 +228,92 @@ def test_every_route_gives_the_same_actions(server: Server, robot: HttpRobot) ->
     assert server.http.get("/healthz").text == "OK\n"
 
 
-def test_the_conflict_of_an_answer_with_what_the_words_alone_say(server: Server, oracle: Oracle) -> None:
-    picture, words = Image.fromarray(scene(4)), "what is in the picture"
+@torch.no_grad()
+def likelihoods(oracle: Oracle, prompt: list[int], ids: list[int], pixels: Any, when: str) -> torch.Tensor:
+    """ln p of each of ``ids`` after ``prompt`` by Hugging Face's model with neurons set at tokens fed in ``when``."""
+    n = len(prompt)
+    rows = {"none": slice(0), "all": slice(None), "prompt": slice(n), "generated": slice(n, None)}[when]
+
+    def setting(columns: list[int]) -> Any:
+        def change(module: Any, inputs: tuple[torch.Tensor]) -> Any:
+            x = inputs[0].clone()
+            for column in columns:
+                x[:, rows, column] = VALUE
+            return (x, *inputs[1:])
+
+        return change
+
+    layers = oracle.model.model.language_model.layers
+    hooks = [layers[i].mlp.down_proj.register_forward_pre_hook(setting(columns)) for i, columns in NEURONS.items()]
+    try:
+        given = {} if pixels is None else {"pixel_values": pixels}
+        logits = oracle.model(input_ids=torch.tensor([[*prompt, *ids]]), **given).logits[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits.double().log_softmax(-1)[n - 1 : -1].gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+WORDS = "what is in the picture"
+
+
+def pictured(picture: Image.Image) -> list[dict[str, Any]]:
+    """Messages with it."""
     png = io.BytesIO()
     picture.save(png, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": words}]
-    asked = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
-    with Steersman(server.url, api_key="key") as client:
-        found = measure(client, [{"role": "user", "content": parts}], model=server.model, **asked)
-    prompt, ids = found.response["prompt_token_ids"], list(found.token_ids)
-    assert (prompt.count(IMAGE_TOKEN), len(ids)) == (PATCHES, 8)
-    text = oracle.tokenizer.apply_chat_template(
-        [{"role": "user", "content": words}], tokenize=False, add_generation_prompt=True
-    )
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": WORDS}]
+    return [{"role": "user", "content": parts}]
+
+
+@pytest.mark.parametrize("when", ["none", "all", "prompt", "generated"])
+def test_the_conflict_of_an_answer_with_what_the_words_alone_say(server: Server, oracle: Oracle, when: str) -> None:
+    """Two sampled answers, one greedy one as a stream: each against Hugging Face's model, steered like the request."""
+    picture = Image.fromarray(scene(4))
+    asked = {"signals": ["conflict"], "report": "tokens"} | (steering(when) if when != "none" else {})
+    body = {"model": server.model, "messages": pictured(picture), "max_tokens": 8, "ignore_eos": True}
+    body |= {"return_token_ids": True, "steering": asked}
+    before = metric(server, "steersman_conflict_count")
+    sampled = server.post("/v1/chat/completions", {**body, "n": 2, "temperature": 1.0, "seed": 7}).json()
+    lines = server.post("/v1/chat/completions", {**body, "temperature": 0, "stream": True}).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert metric(server, "steersman_conflict_count") == before + 3 * 8
+    assert ["steering" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    streamed = [i for c in chunks for choice in c["choices"] for i in choice.get("token_ids") or ()]
+    answers = [(choice["token_ids"], sampled["steering"]["signals"][choice["index"]]) for choice in sampled["choices"]]
+    answers.append((streamed, chunks[-1]["steering"]["signals"][0]))
+    assert answers[0][0] != answers[1][0]
+
+    prompt, pixels = sampled["prompt_token_ids"], oracle.images(picture, return_tensors="pt")["pixel_values"]
+    messages = [{"role": "user", "content": WORDS}]
+    text = oracle.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     plain = oracle.tokenizer.encode(text, add_special_tokens=False)
-    pixels = oracle.images(picture, return_tensors="pt")["pixel_values"]
-    told = {}
-    for name, first, given in (("with", prompt, {"pixel_values": pixels}), ("without", plain, {})):
-        with torch.no_grad():
-            logits = oracle.model(input_ids=torch.tensor([[*first, *ids]]), **given).logits[0]
-        told[name] = logits.double().log_softmax(-1)[len(first) - 1 : -1].gather(1, torch.tensor(ids)[:, None])[:, 0]
-    assert found.with_image == pytest.approx(told["with"].tolist(), abs=1e-3)
-    assert found.without == pytest.approx(told["without"].tolist(), abs=1e-3)
-    wanted = (told["with"].exp() + 1e-9).log() - (told["without"].exp() + 1e-9).log()
-    assert found.conflict == pytest.approx(wanted.tolist(), abs=2e-3)
-    assert max(map(abs, found.conflict)) > 0.1, "the picture makes no difference, so this shows nothing"
+    assert (prompt.count(IMAGE_TOKEN), plain.count(IMAGE_TOKEN)) == (PATCHES, 0)
+    for ids, told in answers:
+        found = told["signals"]["conflict"]
+        seen, blind = (likelihoods(oracle, *pair, when) for pair in ((prompt, ids, pixels), (plain, ids, None)))
+        wanted = (seen.exp() + 1e-9).log() - (blind.exp() + 1e-9).log()
+        assert found["values"] == pytest.approx(wanted.tolist(), abs=2e-3)
+        assert found["positions"] == [*range(len(prompt) - 1, len(prompt) + 7)]
+        assert found["tokens"] == len(ids) == 8
+        assert found["mean"] == pytest.approx(float(wanted.mean()), abs=2e-3)
+        assert float(wanted.abs().max()) > 0.1, "the picture makes no difference, so this shows nothing"
+
+
+def test_conflict_that_cannot_be_told(server: Server) -> None:
+    asked = {"signals": ["norm:1", "conflict"]}
+    words = {"model": server.model, "messages": [{"role": "user", "content": WORDS}], "max_tokens": 3}
+    refused = server.post("/v1/chat/completions", {**words, "steering": asked})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "steering.signals[1]")
+    failed = metric(server, 'steersman_replays_total{outcome="failed"}')
+    body = {**words, "messages": pictured(Image.fromarray(scene(4))), "ignore_eos": True}
+    served = server.post("/v1/chat/completions", {**body, "steering": asked | steering({"image": 0})}).json()
+    (told,), (warning,) = served["steering"]["signals"], served["steering"]["warnings"]
+    assert set(told["signals"]) == {"norm:1"}
+    assert warning.startswith("signal conflict is not known of choice 0: the replay without images failed")
+    assert "has 0" in warning
+    assert served["usage"]["completion_tokens"] == 3
+    assert metric(server, 'steersman_replays_total{outcome="failed"}') == failed + 1
 
 
 class OneEye(Point):

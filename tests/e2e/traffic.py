@@ -1,11 +1,13 @@
 """A server in trouble: a tiny policy under every kind of request that the dashboards and alerts speak of.
 
-Text, steered and not, with probes and gates; edits beyond the limit; requests that are refused, that fail on a damaged
-asset and whose client goes away; actions, some of them beyond what the robot may do.
+Text, steered and not, with probes and gates; questions about pictures; edits beyond the limit; requests that are
+refused, that fail on a damaged asset and whose client goes away; actions, some of them beyond what the robot may do.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import random
 import threading
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from steersman.clients.robot import HttpRobot
 from steersman.steering.assets import Asset, parse_metadata
@@ -39,6 +42,7 @@ OPTIONS = [
     "--steering-monitor-probes", WATCHED, "--steering-max-action-delta", "0.05",
     "--steering-norm-baseline", BASELINE, "--steering-detector", DETECTOR,
 ]  # fmt: skip
+BOLD = {"op": "add", "vector": "bold", "relative": "norm", "scale": 0.9, "layers": [2], "tokens": "generated"}
 PERIOD = 90.0  # seconds in which the traffic swells and ebbs
 GATES = {
     "sometimes": {"vector": "truth", "layer": 1, "measure": "projection", "above": 0.0},
@@ -128,6 +132,7 @@ def _go_on(server: Server, end: threading.Event) -> None:
         while not end.is_set():
             tide = 0.5 - 0.5 * math.cos(2 * math.pi * (time.monotonic() - started) / PERIOD)
             _round(server, chance, tide)
+            _look(server, chance)
             _act(robot, chance)
             end.wait(0.6 * (1 - tide))
 
@@ -139,12 +144,11 @@ def _round(server: Server, chance: random.Random, tide: float) -> None:
         return [1, *(chance.randrange(8, 500) for _ in range(chance.randint(4, 30)))]
 
     calm = {"op": "add", "vector": "calm", "relative": "norm", "scale": (1 + round(6 * tide)) / 20, "layers": [1, 2]}
-    bold = {"op": "add", "vector": "bold", "relative": "norm", "scale": 0.9, "layers": [2], "tokens": "generated"}
     gated = [{"op": "add", "vector": v, "scale": 0.1, "layers": [2], "when": gate} for v, gate in GATES.items()]
     served: list[Any] = [
         None,
         {"interventions": [calm, {"op": "ablate", "vector": "even"}], "probes": [{"vector": "truth"}]},
-        {"interventions": [bold]},
+        {"interventions": [BOLD]},
         {"interventions": gated},
     ]
     for steering in served:
@@ -158,8 +162,24 @@ def _round(server: Server, chance: random.Random, tide: float) -> None:
         assert next(response.iter_lines()).startswith("data: ")  # and the client goes away
 
 
+def _look(server: Server, chance: random.Random) -> None:
+    """Asks about a picture, and how much the answer is the picture's."""
+    png = io.BytesIO()
+    Image.fromarray(_scene(chance)).save(png, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is in the picture"}]
+    asked = {"model": server.model, "messages": [{"role": "user", "content": parts}], "max_tokens": 6}
+    steering = {"interventions": [BOLD], "signals": ["conflict"]}
+    response = server.post("/v1/chat/completions", {**asked, "steering": steering})
+    assert response.status_code == 200, response.text
+
+
+def _scene(chance: random.Random) -> Any:
+    return np.random.default_rng(chance.randrange(1 << 30)).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+
+
 def _act(robot: HttpRobot, chance: random.Random) -> None:
-    picture = np.random.default_rng(chance.randrange(1 << 30)).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    picture = _scene(chance)
     steering = {"interventions": [{"op": "add", "vector": "calm", "relative": "norm", "scale": 0.2, "layers": [1]}]}
     for asked in (None, steering):
         robot.act({"front": picture}, "pick up the red block", steering=asked)

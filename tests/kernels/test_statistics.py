@@ -66,11 +66,13 @@ def test_bounds_ascend(name: str) -> None:
 def test_streams_norms_and_cosines(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     x, residual, other = (torch.randn(6, 10, generator=generator).to(dtype) for _ in range(3))
-    stream, before = stream_of(x, residual, 5), stream_of(other, None, 5)
+    stream, before, spare = torch.full((3, 5, 10), math.nan)
+    assert stream_of(x, residual, stream, spare) is stream
+    assert stream_of(other, None, before, spare) is before
     a, b = x[:5].double().numpy() + residual[:5].double().numpy(), other[:5].double().numpy()
     lengths = np.sqrt((a**2).sum(1)), np.sqrt((b**2).sum(1))
     np.testing.assert_allclose(norms(stream).numpy(), lengths[0], rtol=1e-6)
-    found = cosines(before, stream, norms(before), norms(stream)).numpy()
+    found = cosines(before, stream, norms(before), norms(stream), spare).numpy()
     np.testing.assert_allclose(found, (a * b).sum(1) / (lengths[0] * lengths[1]), rtol=1e-5, atol=1e-6)
     other += 1  # a layer may write into what it was given
     np.testing.assert_array_equal(before.numpy(), b.astype(np.float32))

@@ -94,9 +94,10 @@ def test_its_signals_and_probes_are_those_of_every_request(made: Frontend) -> No
 
 
 def test_without_a_detector_only_what_is_asked_for(made: Frontend) -> None:
-    assert made._build({})[2] == {"whole": False, "signals": {}}
+    assert made._build({})[2] == {"whole": False, "signals": {}, "conflict": False}
     asked = {"signals": ["answer_entropy", "probe:mood:1"], "probes": [{"vector": "mood"}], "report": "tokens"}
-    assert made._build(asked)[2] == {"whole": True, "signals": {"answer_entropy": None, "probe:mood:1": 0}}
+    signals = {"answer_entropy": None, "probe:mood:1": 0}
+    assert made._build(asked)[2] == {"whole": True, "signals": signals, "conflict": False}
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,6 @@ def test_a_dry_run_looks_for_them_too(made: Frontend) -> None:
 
 def test_a_detector_that_does_not_fit_is_refused_at_the_start(made: Frontend) -> None:
     for asset, message in (
-        (detector("conflict.mean"), "needs conflict, which takes a replay"),
         (detector("norm:4.mean"), "layer 4 does not exist"),
         (detector("probe:nobody:1.mean"), "no asset 'nobody'"),
         (detector("probe:mood:3.mean"), "nothing for layer 3"),

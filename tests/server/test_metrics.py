@@ -65,6 +65,7 @@ def test_counters_by_a_fixed_list_begin_at_zero(registry: CollectorRegistry, met
     assert found == {
         **{("steersman_requests_total", outcome): 0.0 for outcome in ("steered", "refused", "failed", "cancelled")},
         **{("steersman_store_errors_total", reason): 0.0 for reason in reasons},
+        **{("steersman_replays_total", outcome): 0.0 for outcome in ("done", "failed")},
     }
 
 

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from steersman.kernels.statistics import COSINE_BOUNDS, ENTROPY_BOUNDS, NORM_BOUNDS, PROBE_BOUNDS, RELATIVE_BOUNDS
+from steersman.kernels.statistics import (
+    COSINE_BOUNDS,
+    ENTROPY_BOUNDS,
+    NORM_BOUNDS,
+    PROBE_BOUNDS,
+    PROBE_COSINE_BOUNDS,
+    RELATIVE_BOUNDS,
+)
 from steersman.server import monitoring as module
 from steersman.server.engine.monitor import OTHER, Monitor
 from steersman.server.engine.owners import Scheduled
@@ -35,7 +42,9 @@ def counts(bounds: tuple[float, ...], **at: int) -> list[int]:
 
 
 def answer(worker: str = "w", number: int = 1, **changes: Any) -> dict[str, Any]:
-    names = "activation_norm layer_cosine answer_entropy relative_edit_norm probe_value gates norm_outliers"
+    names = (
+        "activation_norm layer_cosine answer_entropy relative_edit_norm probe_value probe_cosine gates norm_outliers"
+    )
     empty: dict[str, Any] = {name: [] for name in names.split()}
     return {"worker": worker, "number": number, **empty, "passes": 1, "errors": 0, **changes}
 
@@ -64,6 +73,7 @@ def test_what_a_worker_says_is_what_is_shown(registry: CollectorRegistry, metric
         layer_cosine=[[3, counts(COSINE_BOUNDS, b6=3), 2.7]],
         answer_entropy=[[counts(ENTROPY_BOUNDS, b7=4), 5.0]],
         relative_edit_norm=[["calm", 2, counts(RELATIVE_BOUNDS, b6=2), 0.15]],
+        probe_cosine=[["v", 2, counts(PROBE_COSINE_BOUNDS, b13=3), 0.5]],
         probe_value=[["dictionary#7", 2, counts(PROBE_BOUNDS, b0=1, b23=1), -20.0]],
         gates=[["calm", 7, 3]],
         norm_outliers=[[3, 2]],
@@ -85,6 +95,8 @@ def test_what_a_worker_says_is_what_is_shown(registry: CollectorRegistry, metric
         'relative_edit_norm_count{asset="calm",layer="2"} 4.0',
         'probe_value_bucket{layer="2",le="-1000.0",probe="dictionary#7"} 2.0',
         'probe_value_bucket{layer="2",le="+Inf",probe="dictionary#7"} 4.0',
+        'probe_cosine_bucket{layer="2",le="0.1",probe="v"} 0.0',
+        'probe_cosine_bucket{layer="2",le="0.2",probe="v"} 6.0',
         'gate_decisions_total{asset="calm"} 14.0',
         'gate_open_total{asset="calm"} 6.0',
         'norm_outliers_total{layer="3"} 4.0',

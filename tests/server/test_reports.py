@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from steersman.server.engine.frontend import Frontend, Generated, Ticket, TicketKey, _Pin
+from steersman.server.engine.frontend import Answer, Frontend, Generated, Ticket, TicketKey, _Pin
 from steersman.server.reports import Reports, _join, block, overdoses, refuse_overdose
 from steersman.steering.errors import DosageExceeded, EngineUnsteered
 from steersman.steering.plan import Plan
@@ -15,6 +15,10 @@ from tests.steering.library import D, inline, noise, plan_of
 ADD = {"op": "add", "vector": inline(noise(D)), "layers": [1, 2]}
 PROBE = {"vector": inline(noise(D)), "layers": [3]}
 GATE = {"vector": inline(noise(D)), "layer": 0, "above": 0.0, "over": "prompt_mean"}
+
+
+def nothing() -> Answer:
+    return Answer([], [])
 
 
 def ticket(plan: Plan, key: str = "k", prompts: tuple[int, ...] = (4,)) -> Ticket:
@@ -180,7 +184,7 @@ def test_probes_are_asked_for_from_where_they_were_told(made: Frontend, workers:
     plan = plan_of(probes=[PROBE])
     of, fed, have = ticket(plan), {"a": 3, "b": 3}, {"a": 2, "b": 0}  # b's prompt is still being computed
     for i, name in enumerate("ab"):
-        of.sequences[name] = Generated("p", i, lambda name=name: fed[name])  # type: ignore[misc]
+        of.sequences[name] = Generated("p", i, lambda name=name: fed[name], nothing)  # type: ignore[misc]
 
     def probed(name: str, start: int, end: int) -> dict[str, Any]:
         positions = [*range(start, min(end, have[name]))]
@@ -290,7 +294,7 @@ def test_sequences_are_in_the_order_of_the_choices(made: Frontend, workers: Work
     made._rpc = rpc
     of = ticket(plan)
     for i in ("0_a", "0_b", "1_a", "1_b"):  # two prompts, two sequences of each
-        of.sequences[i] = Generated(i[2:], int(i[0]), lambda: 7)
+        of.sequences[i] = Generated(i[2:], int(i[0]), lambda: 7, nothing)
     found = asyncio.run(Reports(made).fetch(of))
     assert [r["request"] for r in found] == ["0_a", "1_a", "0_b", "1_b"]
     assert block(of, found, "summary")["interventions"][0]["gate"]["open"] == [False, False, True, False]

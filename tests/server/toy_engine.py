@@ -18,7 +18,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from steersman.server.engine import intake
-from steersman.server.engine.frontend import Frontend, Generated
+from steersman.server.engine.frontend import Answer, Frontend, Generated
 from steersman.server.engine.runtime import Runtime
 from steersman.server.engine.wire import args_of
 from steersman.server.engine.worker import WorkerSteering
@@ -118,7 +118,7 @@ class ToyEngine:
         args = args_of(request.sampling_params)
         assert args is not None
         ticket = self.frontend.tickets[args["key"]]
-        ticket.sequences[request_id] = Generated(request_id, 0, lambda: len(ids))
+        ticket.sequences[request_id] = Generated(request_id, 0, lambda: len(ids), lambda: Answer([], []))
         self.running += 1
         self.begun += 1
         self.most = max(self.most, self.running)

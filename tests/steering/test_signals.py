@@ -30,7 +30,7 @@ def test_what_is_no_signal(name: str) -> None:
     assert caught.value.param == "steering.signals"
 
 
-@pytest.mark.parametrize("signals", [["conflict"], ["norm:1", "norm:1"], ["norm:1"] * 65, "norm:1", [1]])
+@pytest.mark.parametrize("signals", [["conflict", "conflict"], ["norm:1", "norm:1"], ["norm:1"] * 65, "norm:1", [1]])
 def test_what_a_request_may_not_ask_for(signals: object) -> None:
     with pytest.raises(SteeringError):
         spec.parse({"signals": signals})

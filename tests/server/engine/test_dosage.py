@@ -14,10 +14,10 @@ from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import Site
 from tests.server.engine.plans import KINDS, add, gate, plan, sideways
 from tests.server.engine.test_monitor import Watched
-from tests.server.engine.test_tensor_parallel import CASES, NEURONS, POST, activations, in_two, passes, start
+from tests.server.engine.test_tensor_parallel import CASES, NEURONS, POST, SAE, activations, in_two, passes, start
 from tests.server.engine.toy import Piece, Toy, alone, report
 from tests.steering.formulas import apply
-from tests.steering.library import D, inline, noise, plan_of
+from tests.steering.library import D, inline, noise, plan_of, resolve
 
 PROMPT = [3, 5, 9, 4, 1, 12, 2, 20]
 P = len(PROMPT)
@@ -140,7 +140,7 @@ def test_two_ranks_cap_what_one_does(name: str, monkeypatch: pytest.MonkeyPatch)
         runtime.dosage = Dosage(0.05, CAP)
         return start(runtime, its_plan)
 
-    its_plan = plan_of(*CASES[name])
+    its_plan = resolve({"interventions": list(CASES[name])}, SAE)
     places = {p: activations(p, seed) for seed, p in enumerate((Place(1, Site.ATTN_Z), NEURONS, POST))}
     one = with_limit(Runtime(), its_plan)
     want = passes(one, its_plan, places)

@@ -9,11 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from vllm import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer, SlowIncrementalDetokenizer
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.outputs import LogprobsLists
 
 from steersman.server.engine import intake
 from steersman.server.engine.frontend import Frontend, TicketKey
@@ -197,6 +201,61 @@ def test_the_status_goes_with_the_refusal(made: Frontend) -> None:
         asyncio.run(add(params(**{FIELD: {"interventions": [{"op": "add", "vector": "gone"}]}})))
     assert isinstance(caught.value.error, UnknownAsset)
     assert caught.value.http_status.value == 404
+
+
+# -- replays ----------------------------------------------------------------------------------------
+
+CHAT = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]
+
+
+@pytest.mark.parametrize(("asked", "wanted"), [(None, 0), (5, 5)])
+def test_conflict_needs_the_likelihood_of_what_is_sampled(made: Frontend, asked: int | None, wanted: int) -> None:
+    for signals, expected in (([], asked), (["conflict"], wanted)):
+        ticket = asyncio.run(made.prepare({**STEERING, "signals": signals}, messages=CHAT))
+        given = SamplingParams(logprobs=asked, extra_args={FIELD: ticket.key})
+        assert process(given).logprobs == expected
+        assert given.logprobs == asked
+        made.finish(ticket)
+
+
+def test_a_replayed_answer_is_no_part_of_the_prompt(made: Frontend) -> None:
+    ticket = issue(made, {"interventions": [{**ADD, "tokens": "generated"}, {**ADD, "tokens": {"positions": [-1]}}]})
+    again = made.again(ticket, 3)
+    process(params(**{FIELD: again.key}), [1, 2, 3, 4, 5])
+    (found,) = again.selections
+    assert (found.prompt_length, found.runs, found.generated) == (3, ((2, 3, 0b10),), 0b01)
+    assert (again.plan, again.pin.users) == (ticket.plan, 2)
+    made.finish(again)
+    made.finish(ticket)
+
+
+@pytest.mark.parametrize("kind", ["none", "slow"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_what_was_generated_and_how_likely_it_was(made: Frontend, kind: str, flat: bool) -> None:
+    """By vLLM's own processor of outputs, whose state the engine goes on filling."""
+    ticket = asyncio.run(made.prepare({**STEERING, "signals": ["conflict"]}, messages=CHAT))
+    sampling = SamplingParams(logprobs=1, flat_logprobs=flat, extra_args={KEY: {"key": ticket.key}})
+    request = SimpleNamespace(request_id="r", sampling_params=sampling, lora_request="lora", priority=4)
+    logprobs = LogprobsProcessor.from_new_request(None, request)  # type: ignore[arg-type]
+    detokenizer: Any = IncrementalDetokenizer()
+    if kind == "slow":  # its tokens begin with the prompt's
+        detokenizer = object.__new__(SlowIncrementalDetokenizer)
+        detokenizer.prompt_len, detokenizer.token_ids = 2, [1, 2]
+    state = SimpleNamespace(prompt_len=2, detokenizer=detokenizer, logprobs_processor=logprobs)
+
+    def original(self: Any, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0) -> None:
+        self.request_states["r"] = state
+
+    intake._wrap_output(original)(SimpleNamespace(request_states={}), request, None)
+    found = ticket.sequences["r"]
+    assert (found.lora, found.priority, found.answer()) == ("lora", 4, ([], []))
+    for token, value in ((7, -0.5), (9, -2.0)):
+        detokenizer.token_ids.append(token)
+        rows = np.array([[token, 3]]), np.array([[value, -0.1]], np.float32), np.array([1])
+        logprobs._update_sample_logprobs(LogprobsLists(*rows))
+    assert found.answer() == ([7, 9], [-0.5, -2.0])
+    assert found.positions() == 3
+    made.finish(ticket)
 
 
 class State:

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steersman.kernels.statistics import COSINE_BOUNDS, ENTROPY_BOUNDS, NORM_BOUNDS, PROBE_BOUNDS, RELATIVE_BOUNDS
+from steersman.kernels.statistics import (
+    COSINE_BOUNDS,
+    ENTROPY_BOUNDS,
+    NORM_BOUNDS,
+    PROBE_BOUNDS,
+    PROBE_COSINE_BOUNDS,
+    RELATIVE_BOUNDS,
+)
 from steersman.server.engine import monitor as module
 from steersman.server.engine.monitor import GROUPS, OTHER, Monitor
 from steersman.server.engine.owners import Scheduled
@@ -21,7 +28,7 @@ from steersman.steering.plan import Place, Plan
 from tests.server.engine.plans import KINDS, OPENS, SHUT, add, gate, plan, sideways
 from tests.server.engine.toy import POST, PRE, Piece, Toy
 from tests.steering.formulas import rotate
-from tests.steering.library import LAYERS, D, inline, noise, plan_of, resolve, vector
+from tests.steering.library import LAYERS, D, asset, inline, noise, plan_of, resolve, vector
 
 PROMPT = [SHUT, 5, OPENS, 4, 1, 12, 2, 20]
 P = len(PROMPT)
@@ -67,9 +74,9 @@ def histogram(values: Sequence[float], bounds: Sequence[float]) -> list[int]:
     return counts
 
 
-def around_zero(counts: Sequence[int]) -> list[int]:
+def around_zero(counts: Sequence[int], bounds: Sequence[float] = PROBE_BOUNDS) -> list[int]:
     """Of a probe, the two buckets at 0 as one: what an ablation has left is 0 but for a rounding of either sign."""
-    i = PROBE_BOUNDS.index(0.0)
+    i = bounds.index(0.0)
     return [*counts[:i], counts[i] + counts[i + 1], *counts[i + 2 :]]
 
 
@@ -149,6 +156,7 @@ def test_edits_and_probes_by_asset_and_layer() -> None:
     unit = b / b.norm(dim=-1, keepdim=True)
     wanted: dict[tuple[str, int], list[float]] = {}
     read: dict[tuple[str, int], list[float]] = {}
+    away: dict[tuple[str, int], list[Any]] = {}  # norms of what is read
     at = (slice(0, P), slice(2 * P, 3 * P)), (slice(1, 2), slice(0, 1))  # rows of r and other
     for (mine, others), (pieces, seen) in zip(at, toy.passes, strict=True):
         ids = torch.tensor([i for p in pieces for i in p.ids])[mine]
@@ -172,9 +180,11 @@ def test_edits_and_probes_by_asset_and_layer() -> None:
                 stream = stream - removed * opened[:, None]
                 wanted.setdefault(("inline", 2), []).extend((0.125 * stream.norm(dim=-1) / x.norm(dim=-1)).tolist())
             read.setdefault(("b", layer), []).extend((after[mine].double() @ v).tolist())
+            away.setdefault(("b", layer), []).append(after[mine].double().norm(dim=-1).numpy())
         w = noise(D, seed=6).double()
         last = seen[Place(3, POST)][1][mine].double()
         read.setdefault(("inline", 3), []).extend((last @ (w / w.norm())).tolist())
+        away.setdefault(("inline", 3), []).append(last.norm(dim=-1).numpy())
     assert set(found) == set(wanted)
     for key, values in wanted.items():
         counts, total = found[key]
@@ -186,6 +196,15 @@ def test_edits_and_probes_by_asset_and_layer() -> None:
         counts, total = values_read[key]
         assert total == pytest.approx(sum(values), abs=1e-4), key
         assert around_zero(counts) == around_zero(histogram(values, PROBE_BOUNDS)), key
+    told_cosines = numbers(told["probe_cosine"], 2)
+    assert set(told_cosines) == set(read)
+    for key, values in read.items():
+        cosines = np.array(values) / np.concatenate(away[key])
+        counts, total = told_cosines[key]
+        assert total == pytest.approx(cosines.sum(), abs=1e-5), key
+        assert around_zero(counts, PROBE_COSINE_BOUNDS) == around_zero(
+            histogram(cosines.tolist(), PROBE_COSINE_BOUNDS), PROBE_COSINE_BOUNDS
+        ), key
 
 
 def test_probes_of_all_requests() -> None:
@@ -200,16 +219,33 @@ def test_probes_of_all_requests() -> None:
     for name in ("steered", "plain"):
         toy.enter(name, plan("add") if name == "steered" else None)
     toy.run(Piece("steered", 0, PROMPT), Piece("plain", 0, PROMPT))
-    found = numbers(toy.monitor.drain("http", {})["probe_value"], 2)
+    told = toy.monitor.drain("http", {})
+    found, aligned = numbers(told["probe_value"], 2), numbers(told["probe_cosine"], 2)
     assert set(found) == {("v", 1), ("v", 2), ("inline", 3)}  # the toy has no resid_mid
     seen = toy.passes[0][1]
     for (name, layer), direction in zip([("v", 1), ("v", 2), ("inline", 3)], [*v, w], strict=True):
         x = seen[Place(layer, PRE if name == "v" else POST)][1].double()
         values = (x @ (direction / direction.norm()).double()).tolist()
         assert found[name, layer] == [histogram(values, PROBE_BOUNDS), pytest.approx(sum(values), abs=1e-4)]
+        cosines = (np.array(values) / x.norm(dim=-1).numpy()).tolist()
+        counts = histogram(cosines, PROBE_COSINE_BOUNDS)
+        assert aligned[name, layer] == [counts, pytest.approx(sum(cosines), abs=1e-5)]
     toy.monitor.watch_probes(plan_of())
     toy.run(Piece("plain", P, [1]))
     assert toy.monitor.drain("http", {toy.monitor.worker: 1})["probe_value"] == []
+
+
+def test_a_feature_has_values_and_no_cosine() -> None:
+    tensors = {name: noise(9, D, seed=i) for i, name in enumerate(("encoder", "decoder"))}
+    tensors |= {"b_dec": noise(D, seed=3), "b_enc": noise(9, seed=4)}
+    sae = asset("sae", "dictionary", tensors, layer=2, architecture="standard")
+    toy = Watched()
+    probes = [{"dictionary": "sae", "index": 4}, {"vector": inline(noise(D, seed=6)), "layers": [2]}]
+    toy.enter("r", resolve({"probes": probes}, sae))
+    toy.run(Piece("r", 0, PROMPT))
+    told = toy.monitor.drain("http", {})
+    assert {(name, layer) for name, layer, *_ in told["probe_value"]} == {("sae#4", 2), ("inline", 2)}
+    assert {(name, layer) for name, layer, *_ in told["probe_cosine"]} == {("inline", 2)}
 
 
 def test_gates_count_tokens_or_requests() -> None:
@@ -448,7 +484,7 @@ def test_assets_beyond_what_is_kept_apart_are_one(monkeypatch: pytest.MonkeyPatc
         toy.enter(f"r{i}", steered)
     toy.run(*(Piece(f"r{i}", 0, [OPENS]) for i in range(6)))
     told = toy.monitor.drain("http", {})
-    for name in ("relative_edit_norm", "probe_value"):
+    for name in ("relative_edit_norm", "probe_value", "probe_cosine"):
         assert sorted((asset, layer) for asset, layer, *_ in told[name]) == [
             (OTHER, -1), *((f"v{i}", 1) for i in range(4)),
         ]  # fmt: skip

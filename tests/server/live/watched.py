@@ -37,7 +37,9 @@ def answer(**changes: Any) -> dict[str, Any]:
     """What a worker says of one pass. ``norms``: [layer, group, tokens, sum, largest]; ``edits``, ``probes``: [name,
     layer, tokens, sum]."""
     norms, edits, probes = (changes.pop(name, ()) for name in ("norms", "edits", "probes"))
-    empty: dict[str, Any] = {name: [] for name in ("layer_cosine", "answer_entropy", "gates", "norm_outliers")}
+    empty: dict[str, Any] = {
+        name: [] for name in ("layer_cosine", "probe_cosine", "answer_entropy", "gates", "norm_outliers")
+    }
     return {
         **empty,
         "worker": "w",
