@@ -20,11 +20,13 @@ from steersman.server.commands import (
     resolve,
     robot,
     serve,
+    serve_policy,
 )
 from steersman.steering.errors import SteeringError
 
 COMMANDS = {
     "serve": serve,
+    "serve-policy": serve_policy,
     "assets": assets,
     "chat": chat,
     "resolve": resolve,
