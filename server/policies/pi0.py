@@ -30,7 +30,7 @@ from torch import Tensor
 from steersman.server.policies.instructions import encoded
 from steersman.server.policies.policy import Decoded, Floats, Observation, Picture
 from steersman.server.policies.statistics import NormStats, moments
-from steersman.steering.errors import EngineUnsteered, InvalidRequest
+from steersman.steering.errors import ActionsMalformed, InvalidRequest
 from steersman.steering.image_grids import inside, inside_of
 from steersman.steering.prompt_images import PromptImage
 
@@ -114,7 +114,7 @@ class Pi0:
     def decode(self, output: Floats, observation: Observation) -> Decoded:
         stats = self.stats.actions[self.stats.key(observation.unnorm_key)]
         if not np.isfinite(output).all():
-            raise EngineUnsteered("the model's actions are not finite numbers; steer it less")
+            raise ActionsMalformed("the model's actions are not finite numbers; steer it less")
         return Decoded(stats.unnormalise(output[:, : stats.dims]), stats.mask, 0)
 
     def metadata(self) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def test_actions_that_are_no_numbers_are_an_error(
     with monkeypatch.context() as patched:
         patched.setattr(station.engine.model, "sample", lambda jobs: [np.full((CHUNK, 6), np.nan) for _ in jobs])
         answer = http.post("/v1/actions", json=body(observation(7)))
-    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_unsteered")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "actions_malformed")
 
 
 def test_a_batch_that_fails_fails_its_own_robots_alone(

@@ -11,7 +11,7 @@ import torch
 
 from steersman.server.policies.pi0 import LONGEST, Pi0
 from steersman.server.policies.policy import Observation
-from steersman.steering.errors import EngineUnsteered, InvalidRequest
+from steersman.steering.errors import ActionsMalformed, InvalidRequest
 from tests.server.robots import Tokenizer
 
 STATS = {
@@ -93,7 +93,7 @@ def test_actions_are_the_first_numbers_of_each_token() -> None:
     found = made().decode(output, seen())
     wanted = output[:, :3] * (np.array([0.5, 1.0, 0.0]) + 1e-6) + np.array([0.1, -2.0, 5.0])
     np.testing.assert_allclose(found.actions, wanted, atol=1e-12)
-    with pytest.raises(EngineUnsteered):
+    with pytest.raises(ActionsMalformed):
         made().decode(np.full((5, 6), np.inf), seen())
 
 
