@@ -83,7 +83,7 @@ class Fast:
             wanted = f"{chunk} actions of {dims} numbers have {chunk * dims}"
             raise ActionsMalformed(f"the answer has {len(text)} coefficients; {wanted}")
         coefficients = np.array([ord(c) + self.least for c in text], np.float64).reshape(chunk, dims) / self.scale
-        found: Floats = cosines(chunk).T @ coefficients
+        found: Floats = np.matmul(cosines(chunk).T, coefficients)
         return found
 
 

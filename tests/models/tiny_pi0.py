@@ -1,6 +1,6 @@
 """A tiny random-weight π0: SigLIP tower, Gemma backbone and Gemma action expert, as Transformers builds them.
 
-    python -m tests.models.tiny_pi0 OUT
+    python -m tests.models.tiny_pi0 OUT     # with the dimensions of LIBERO's arm
 
 Images are 28 × 28, four patches of 14. Its tokenizer is that of ``tiny.py``.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,13 @@ STATS = {
     "proprio": {"mean": [0.0, 1.0, -1.0], "std": [1.0, 0.5, 2.0]},
 }
 POLICY: dict[str, Any] = {"type": "pi0", "cameras": CAMERAS, "norm_stats": {KEY: STATS}}
+PANDA: dict[str, Any] = {  # for LIBERO's arm: it moves at random
+    "action": {"mean": [0.0] * 7, "std": [0.3] * 7},
+    "proprio": {"mean": [0.0] * 8, "std": [1.0] * 8},
+}
 
 
-def build_pi0(out: Path, seed: int = 11) -> Path:
+def build_pi0(out: Path, seed: int = 11, policy: Mapping[str, Any] = POLICY, max_dims: int = MAX_DIMS) -> Path:
     """Writes the checkpoint into the folder ``out``."""
     from transformers import PI0Config, PI0ForConditionalGeneration
 
@@ -53,18 +58,18 @@ def build_pi0(out: Path, seed: int = 11) -> Path:
             **tokens,
         },
         chunk_size=CHUNK,
-        max_state_dim=MAX_DIMS,
-        max_action_dim=MAX_DIMS,
+        max_state_dim=max_dims,
+        max_action_dim=max_dims,
         num_inference_steps=STEPS,
     )
     model = PI0ForConditionalGeneration(config).float().eval()
     _randomise(model, seed)
     model.save_pretrained(out)
     _tokenizer().save_pretrained(out)
-    described = json.loads((out / "config.json").read_text()) | {"steersman_policy": POLICY}
+    described = json.loads((out / "config.json").read_text()) | {"steersman_policy": dict(policy)}
     (out / "config.json").write_text(json.dumps(described))
     return out
 
 
 if __name__ == "__main__":
-    print(build_pi0(Path(sys.argv[1])))
+    print(build_pi0(Path(sys.argv[1]), policy=POLICY | {"norm_stats": {"panda": PANDA}}, max_dims=8))
