@@ -90,7 +90,7 @@ class Fast:
 def cosines(n: int) -> Floats:
     """[n, n] the orthonormal DCT-II: coefficients = this @ values, and its transpose takes them back."""
     k, t = np.arange(n)[:, None], np.arange(n)[None]
-    rows = np.sqrt(2 / n) * np.cos(np.pi * (2 * t + 1) * k / (2 * n))
+    rows: Floats = np.sqrt(2 / n) * np.cos(np.pi * (2 * t + 1) * k / (2 * n))
     rows[0] /= np.sqrt(2)
     return rows
 
