@@ -109,8 +109,8 @@ def _actions(found: Mapping[str, Any]) -> str:
         f"`python -m benchmarks.actions --pairs {s['pairs']} --actions {s['actions']}`: {found['model']} on "
         f"{_machine(found)}, {s['pairs']} pairs. Robots on openpi's WebSocket, two pictures of {s['picture']} × "
         f"{s['picture']} in every observation, the next one sent after the last answer; steered, {s['neurons']} "
-        "neurons are set at all tokens. Medians over the runs; the ratio is within each pair. Fairness: the slowest robot's "
-        "median latency to the fastest one's."
+        "neurons are set at all tokens. Medians over the runs; the ratio is within each pair. Fairness: the slowest "
+        "robot's median latency to the fastest one's."
     )
     rows = []
     for r in found["results"]:
