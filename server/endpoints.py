@@ -45,7 +45,7 @@ class SteeringEndpoints:
         app.add_exception_handler(SteeringError, answer)
         for module in (openai, steering, assets, actions, openpi, live, jobs, captures, norms):
             module.attach(app)
-        app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+        app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         if engine_client is None:
@@ -99,7 +99,7 @@ async def answer(request: Request, error: Exception) -> Response:
     return answers.failure(error)
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's schema with the steering object's own."""
     if app.openapi_schema is None:
         built = get_openapi(title=app.title, version=app.version, routes=app.routes)

@@ -16,7 +16,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from steersman.server import access, answers, guard
-from steersman.server.endpoints import answer
+from steersman.server.endpoints import answer, openapi
 from steersman.server.engine.dosage import Dosage
 from steersman.server.engine.runtime import Runtime
 from steersman.server.metrics import Metrics
@@ -74,10 +74,12 @@ def build(
     runtime = Runtime(capacity=settings.plan_memory_mb * 2**20, limit=settings.max_plans)
     if settings.max_relative_norm is not None:
         runtime.dosage = Dosage(settings.max_relative_norm, settings.dosage)
-    about = json.loads((folder / "config.json").read_text()).get("steersman_policy")
+    described = json.loads((folder / "config.json").read_text())
+    if (kind := described.get("model_type")) != "pi0":
+        raise ValueError(f"{folder} is a {kind}, not a pi0; steersman serve serves what vLLM runs")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Pi0Model(folder, runtime, settings.hooked_sites, device, DTYPES[dtype])
-    policy = Pi0(model.config, about, tokenizer)
+    policy = Pi0(model.config, described.get("steersman_policy"), tokenizer)
     engine = Pi0Engine(model, settings, limit)
     frontend = Pi0Frontend(settings, model, tokenizer, engine.rpc, aliases)
 
@@ -93,6 +95,7 @@ def build(
     for module in (steering, assets, actions, openpi):
         module.attach(app)
     app.add_api_route("/health", _health)
+    app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
     app.mount("/metrics", make_asgi_app(registry))
     app.state.pi0 = engine
     app.state.args = SimpleNamespace(api_key=list(api_keys))

@@ -251,6 +251,19 @@ def test_keys(folder: Path, tmp_path: Path) -> None:
     assert error.value.status == 401
 
 
+def test_the_schema_has_what_its_routes_name(http: TestClient) -> None:
+    found = http.get("/openapi.json").json()
+    assert "Steering" in found["components"]["schemas"]
+    assert {"/v1/actions", "/act", "/v1/steering/model"} <= found["paths"].keys()
+    assert "/v1/chat/completions" not in found["paths"]
+
+
+def test_a_checkpoint_of_another_kind(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="is a llama, not a pi0"):
+        Station(tmp_path, tmp_path / "store")
+
+
 def test_settings_that_mean_nothing_here(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--steering-norm-baseline is not for this model"):
         Station(folder, tmp_path, settings={"norm_baseline": "usual"})
