@@ -105,6 +105,7 @@ bench: install ## measure on this machine: the CPU kernel, the server against st
 	$(PY) -m benchmarks.serving --monitor --prompts 16 --minutes 8 --name serving_monitor
 	$(PY) -m benchmarks.peers
 	$(PY) -m benchmarks.extraction
+	$(PY) -m benchmarks.actions
 	$(PY) -m benchmarks.report
 
 clean: ## remove what was built; .venv and downloaded models stay

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.provenance import RESULTS
@@ -24,12 +25,7 @@ median over pairs and, in brackets, its 95 % interval (where a file has none, th
 def page(folder: Path = RESULTS) -> str:
     parts = [HEAD]
     parts += [_serving(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("serving*.json"))]
-    for name, section in (
-        ("peers", _peers),
-        ("kernels", _kernels),
-        ("cpu_kernel", _cpu_kernel),
-        ("extraction", _extraction),
-    ):
+    for name, section in SECTIONS.items():
         path = folder / f"{name}.json"
         if path.exists():
             parts.append(section(json.loads(path.read_text())))
@@ -110,6 +106,29 @@ def _extraction(found: Mapping[str, Any]) -> str:
     )
 
 
+def _actions(found: Mapping[str, Any]) -> str:
+    s = found["settings"]
+    about = (
+        f"`python -m benchmarks.actions --pairs {s['pairs']} --actions {s['actions']}`: {found['model']} on "
+        f"{_machine(found)}, {s['pairs']} pairs. Robots on openpi's WebSocket, two pictures of {s['picture']} × "
+        f"{s['picture']} in every observation, the next one sent after the last answer; steered, {s['neurons']} "
+        "neurons are set at all tokens. Medians over the runs; the ratio is within each pair. Fairness: the slowest "
+        "robot's median latency to the fastest one's."
+    )
+    rows = []
+    for r in found["results"]:
+        for name in ("unsteered", "steered"):
+            figures = [f"{median(r[name][f]):.2f}" for f in ("actions_per_second", "p50_ms", "p99_ms", "fairness")]
+            ratio = _spread(r["p50_ms_ratio"]) if name == "steered" else ""
+            rows.append([r["robots"], name, *figures, ratio])
+    heads = ("robots", "", "actions/s", "p50, ms", "p99, ms", "fairness", "p50 to unsteered (goal: at most 1.02)")
+    many = found["results"][-1]["robots"]
+    below = (
+        f"{many} robots at once, unsteered: {found['batching']:.2f} times the actions per second of one (goal: 4).\n"
+    )
+    return f"## Robots' actions\n\n{about}\n\n{table(heads, rows)}\n{below}"
+
+
 def _machine(found: Mapping[str, Any]) -> str:
     about = found["provenance"]
     cpu = f"{about['cores']} cores of {about['cpu']}"
@@ -128,7 +147,9 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-SECTIONS = {"peers": _peers, "kernels": _kernels, "cpu_kernel": _cpu_kernel, "extraction": _extraction}
+SECTIONS = {
+    "peers": _peers, "kernels": _kernels, "cpu_kernel": _cpu_kernel, "extraction": _extraction, "actions": _actions,
+}  # fmt: skip
 
 
 def main() -> None:

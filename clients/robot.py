@@ -64,10 +64,13 @@ class HttpRobot:
         *,
         state: NDArray[np.floating[Any]] | None = None,
         unnorm_key: str | None = None,
+        seed: int | None = None,
         steering: Mapping[str, Any] | None = None,
     ) -> Actions:
-        """Raises SteersmanError for what the server refuses, httpx.TimeoutException when the deadline passes."""
-        given = {"state": state, "unnorm_key": unnorm_key, "steering": steering}
+        """``seed``: of the noise that a π0 begins from.
+
+        Raises SteersmanError for what the server refuses, httpx.TimeoutException when the deadline passes."""
+        given = {"state": state, "unnorm_key": unnorm_key, "seed": seed, "steering": steering}
         asked = {
             "images": dict(images),
             "instruction": instruction,

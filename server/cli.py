@@ -3,44 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from steersman.server.commands import (
-    assets,
-    baseline,
-    calibrate,
-    chat,
-    condition,
-    detector,
-    doctor,
-    evaluate,
-    extract,
-    neurons,
-    resolve,
-    robot,
-    select,
-    serve,
-)
 from steersman.steering.errors import SteeringError
 
-COMMANDS = {
-    "serve": serve,
-    "assets": assets,
-    "chat": chat,
-    "resolve": resolve,
-    "extract": extract,
-    "select": select,
-    "calibrate": calibrate,
-    "condition": condition,
-    "neurons": neurons,
-    "baseline": baseline,
-    "detector": detector,
-    "eval": evaluate,
-    "robot": robot,
-    "doctor": doctor,
-}
+COMMANDS = (
+    "serve", "serve-policy", "assets", "chat", "resolve", "extract", "select", "calibrate", "condition", "neurons",
+    "baseline", "detector", "eval", "robot", "doctor",
+)  # fmt: skip
+"""Each is a module of ``server/commands``; only the one that is asked for is imported, as a robot has no torch."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="steersman", description="Steering inside vLLM's decoder layers.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
+    modules = {name: _module(name) for name in ([given[0]] if given and given[0] in COMMANDS else COMMANDS)}
+    for name, module in modules.items():
         assert module.__doc__
         sub = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
         module.configure(sub)
@@ -57,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and args.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return int(COMMANDS[args.command].run(args, rest))
+        return int(modules[args.command].run(args, rest))
     except SteeringError as error:
         where = f" ({error.param})" if error.param else ""
         print(f"steersman: {error.message}{where}", file=sys.stderr)
@@ -70,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"steersman: {error}", file=sys.stderr)
         return 1
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"steersman.server.commands.{name.replace('-', '_')}")
 
 
 if __name__ == "__main__":

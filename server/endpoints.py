@@ -19,6 +19,7 @@ from fastapi.responses import Response
 
 from steersman.server import answers, guard, inventory
 from steersman.server.engine.frontend import Frontend
+from steersman.server.engine.generate import computing
 from steersman.server.live.feed import Feed
 from steersman.server.metrics import Metrics
 from steersman.server.monitoring import LayerMetrics, Monitoring
@@ -41,10 +42,10 @@ class SteeringEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         settings = Settings.from_env()
         app.add_middleware(guard.Guard, limit=settings.max_body_mb * 2**20)
-        app.add_exception_handler(SteeringError, _answer)
+        app.add_exception_handler(SteeringError, answer)
         for module in (openai, steering, assets, actions, openpi, live, jobs, captures, norms):
             module.attach(app)
-        app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+        app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         if engine_client is None:
@@ -54,7 +55,7 @@ class SteeringEndpoints:
         state.steersman = SteeringState(
             frontend.settings, frontend, Reports(frontend), Metrics(), engine=engine_client, serving=state
         )
-        state.steersman_robots = Robots(state.steersman, _policy(frontend, engine_client), engine_client)
+        state.steersman_robots = Robots(state.steersman, _policy(frontend, engine_client), computing(engine_client))
         state.steersman.counting = asyncio.create_task(inventory.watch(state.steersman))
         if frontend.settings.detector is not None:
             with _option("detector"):
@@ -90,14 +91,15 @@ def _policy(frontend: Frontend, engine_client: Any) -> Policy | None:
     return catalogue.load(frontend.settings.policy, config, frontend.tokenizer)
 
 
-async def _answer(request: Request, error: Exception) -> Response:
+async def answer(request: Request, error: Exception) -> Response:
+    """What a client gets for an error of ours."""
     assert isinstance(error, SteeringError)
     if isinstance(error, StoreError):
         state_of(request.app).metrics.store_failed(error)
     return answers.failure(error)
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's schema with the steering object's own."""
     if app.openapi_schema is None:
         built = get_openapi(title=app.title, version=app.version, routes=app.routes)

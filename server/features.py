@@ -13,7 +13,7 @@ from steersman.server.captures import capture
 from steersman.server.state import SteeringState
 from steersman.steering.activity import most_active
 from steersman.steering.assets import Asset, DictionaryMeta
-from steersman.steering.errors import FeatureUnreadable, SteeringError, located
+from steersman.steering.errors import FeatureUnreadable, InvalidRequest, SteeringError, located
 from steersman.steering.labels import Labels
 from steersman.steering.plan import Place
 from steersman.steering.sites import Site
@@ -29,6 +29,8 @@ async def active_on(state: SteeringState, ref: str, text: str, limit: int) -> di
         asset, meta = await asyncio.to_thread(state.frontend.resolver.library.dictionary, ref)
         place = Place(meta.layer, _site(asset, meta))
         state.frontend.model.width(place.site, place.layer)
+    if state.engine is None:
+        raise InvalidRequest("this server takes no activations of texts", "active_on")
     try:
         found = await capture(state, [text], [place.site], [place.layer])
     except SteeringError as error:

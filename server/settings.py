@@ -56,7 +56,7 @@ class Settings:
     max_replay_tokens: int = _option(8192, "longest replay for the signal conflict, prompt and answer")
     max_relative_norm: float | None = _option(None, "largest edit beside the stream, ‖Δx‖/‖x‖ at one token and place")
     dosage: str = _option("warn", "what happens to larger ones: warn, cap or refuse")
-    policy: str = _option("auto", "robot policy that the model is: auto (by its config.json), none, openvla, bins")
+    policy: str = _option("auto", f"robot policy that the model is: {', '.join(CHOICES)}; auto goes by config.json")
     max_action_delta: float | None = _option(None, "largest motion in an action, in the robot's units: more is cut")
     max_image_mb: int = _option(8, "largest picture of an observation, MiB as sent")
     max_image_megapixels: int = _option(16, "largest picture of an observation, million pixels")

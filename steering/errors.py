@@ -37,6 +37,7 @@
     │   └── StoreUnavailable          503  store_unavailable       the store's root cannot be reached
     └── EngineError                   (abstract)
         ├── EngineUnsteered           500  engine_unsteered        the engine did not apply the plan
+        ├── ActionsMalformed          500  actions_malformed       what the policy wrote is no action
         └── CapacityExceeded          503  capacity_exceeded       no room for another resident plan
 
 409 is only for conflicts that another try may find resolved: OpenAI's clients retry 408, 409, 429 and 5xx, and a retry
@@ -248,6 +249,11 @@ class EngineError(SteeringError):
 class EngineUnsteered(EngineError):
     status = 500
     code = "engine_unsteered"
+
+
+class ActionsMalformed(EngineError):
+    status = 500
+    code = "actions_malformed"
 
 
 class CapacityExceeded(EngineError):

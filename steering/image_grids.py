@@ -80,6 +80,21 @@ def cropped(size: Size, resized: Size, crop: Size, patch: int, before: int = 0) 
     return Layout(*size, (grid,), before + columns * rows)
 
 
+def inside_of(size: Size, edge: int) -> tuple[Size, Size]:
+    """The size that an image has inside a square, its shape kept, and its left upper corner there (openpi)."""
+    ratio = max(size) / edge
+    width, height = (max(int(side / ratio), 1) for side in size)
+    return (width, height), ((edge - width) // 2, (edge - height) // 2)
+
+
+def inside(size: Size, edge: int, patch: int) -> Layout:
+    """The image resized into a square of ``edge`` pixels with borders (π0). ``patch`` is a patch's edge in that."""
+    (width, height), (left, top) = inside_of(size, edge)
+    x, y = size[0] / width, size[1] / height  # pixels as sent for one of the resized image
+    grid = Grid(edge // patch, edge // patch, patch * x, patch * y, -left * x, -top * y)
+    return Layout(*size, (grid,), grid.columns * grid.rows)
+
+
 def to_shortest_edge(size: Size, edge: int) -> Size:
     """The size with its shorter side made ``edge`` pixels long, as Hugging Face's processors round it."""
     short, long = min(size), max(size)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from steersman.clients.simulators.metaworld import TASKS
+from steersman.clients.simulators.tasks import KNOWN, named
 from steersman.server.commands.remote import json_or_file
 
 FILMS = (".gif", ".mp4")
@@ -19,7 +19,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     run = actions.add_parser("run", help="run episodes; with --steering, every seed unsteered and steered")
     server = os.environ.get("STEERSMAN_SERVER", "http://localhost:8000")
-    run.add_argument("--task", choices=TASKS, default=TASKS[0], help="of Meta-World [%(default)s]")
+    run.add_argument(
+        "--task", type=_task, default=KNOWN[0], help=f"of Meta-World or LIBERO: {', '.join(KNOWN)} [%(default)s]"
+    )
+    run.add_argument("--openvla-gripper", action="store_true", help="LIBERO: the policy's gripper is 0 closed, 1 open")
     run.add_argument("--server", default=server, metavar="URL", help="http:// or ws:// [%(default)s]")
     run.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"))
     run.add_argument("--episodes", type=_positive, default=10, help="[%(default)s]")
@@ -41,6 +44,13 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise SystemExit(f"steersman robot run: {error}: pip install 'steersman[robots]'") from None
     robot_run.run(args)
     return 0
+
+
+def _task(text: str) -> str:
+    try:
+        return named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

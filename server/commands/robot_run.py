@@ -12,9 +12,8 @@ from rich.table import Table
 from websockets.exceptions import WebSocketException
 
 from steersman.clients.sdk import SteersmanError
-from steersman.clients.simulators import pictures, study, watchdog
+from steersman.clients.simulators import pictures, study, tasks, watchdog
 from steersman.clients.simulators.episode import METRICS, Episode, Limits
-from steersman.clients.simulators.metaworld import MetaWorld
 
 EXPECTED = (SteersmanError, httpx.HTTPError, WebSocketException, watchdog.NoAnswer, ImportError, ValueError)
 
@@ -33,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
 
     try:
         episodes = study.run_all(
-            MetaWorld(args.task),
+            tasks.make(args.task, openvla_gripper=args.openvla_gripper),
             connect,
             study.conditions(args.steering),
             range(args.seed, args.seed + args.episodes),

@@ -22,6 +22,11 @@ MEMORY = ("--gpu-memory-utilization", "--kv-cache-memory-bytes", "--kv-cache-mem
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "steersman serve [--steering-... VALUE] MODEL [any option of vllm serve]"
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """An option for each of our settings."""
     for field in fields(Settings):
         flag = f"--steering-{field.name.replace('_', '-')}"
         text = f"{field.metadata['help']} [{variable(field.name)}]"
@@ -31,14 +36,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, dest=field.name, metavar=field.name.upper(), help=text)
 
 
-def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings, which are put into the environment too. Raises SystemExit for wrong ones."""
     for field in fields(Settings):
         if (given := getattr(args, field.name)) is not None:
             os.environ[variable(field.name)] = given
     try:
-        Settings.from_env()
+        return Settings.from_env()
     except ValueError as error:
-        raise SystemExit(f"steersman serve: {error}") from None
+        raise SystemExit(f"steersman {args.command}: {error}") from None
+
+
+def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    settings_of(args)
     os.environ["VLLM_PLUGINS"] = ",".join(plugins(os.environ.get("VLLM_PLUGINS")))
     _vllm_serve(["serve", *rest, *defaults(rest, os.environ, on_cpu=_on_cpu())])
     return 0

@@ -31,7 +31,7 @@ from steersman.steering.resolve import Resolver
 from steersman.steering.signals import HEDGES
 from steersman.steering.sites import ModelInfo, Site
 from steersman.steering.store import Store
-from steersman.steering.tokens import Selection
+from steersman.steering.tokens import Prompt, Selection
 
 IDLE_SECONDS = 60.0  # after which the pin of a plan that nothing uses is given up with the next plan sent
 MAX_TRACED = 1024  # numbers for each token that a report may tell of
@@ -123,6 +123,7 @@ class Frontend:
     ) -> None:
         self.settings = settings
         self.model = model
+        self.told: Mapping[str, Any] = {}  # what GET /v1/steering/model says beside the model itself
         self.tokenizer = tokenizer
         self._rpc = rpc
         self.store = store or Store(settings.store)
@@ -221,6 +222,10 @@ class Frontend:
     def resolve(self, data: object) -> Plan:
         asked = spec.parse(data)
         return self.resolver.resolve(asked, self._recent_default() if asked.default else None)
+
+    def selection(self, plan: Plan, prompt: Prompt) -> Selection:
+        """Which tokens of a request with this prompt the plan's interventions edit."""
+        return Selection.build(plan.selectors, prompt, [f"{step.path}.tokens" for step in plan.steps])
 
     def _build(self, data: object, messages: Sequence[Any] | None = None) -> tuple[Plan, bytes, dict[str, Any]]:
         """The plan, its content if the workers may not have it, and what is to be told of, for the ticket.

@@ -25,7 +25,8 @@ from vllm.sampling_params import RequestOutputKind
 from steersman.server.engine.frontend import TicketKey
 from steersman.server.engine.images import prompt_images
 from steersman.server.engine.intake import FIELD
-from steersman.server.policies.policy import Picture
+from steersman.server.policies.policy import Picture, PolicyPrompt
+from steersman.server.policies.robots import Compute
 from steersman.steering.errors import EngineUnsteered, InvalidRequest
 from steersman.steering.tokens import Prompt
 
@@ -56,25 +57,40 @@ async def prefill(
 
 
 async def generate(
-    engine: Any, request_id: str, token_ids: Sequence[int], pictures: Sequence[Picture], n: int, key: TicketKey | None
+    engine: Any,
+    request_id: str,
+    token_ids: Sequence[int],
+    pictures: Sequence[Picture],
+    n: int,
+    key: TicketKey | None,
+    stop: Sequence[int] = (),
 ) -> list[int]:
-    """Exactly ``n`` token ids. Raises InvalidRequest for what the model cannot take."""
+    """Exactly ``n`` token ids, or fewer that end in one of ``stop``. Raises InvalidRequest for what cannot be taken."""
     try:
         ready = await _rendered(engine, token_ids, pictures)
     except (_Client, ValueError, TypeError) as error:
         raise _refused(error, "images") from None
     try:
-        last = await _last(engine, ready, n, request_id, key)
+        last = await _last(engine, ready, n, request_id, key, stop)
     except _Client as error:
         raise _refused(error, "instruction") from None
     found = list(last.outputs[0].token_ids) if last is not None else []
-    if len(found) != n:
+    if len(found) != n and not (found and found[-1] in stop):
         length, limit = len(getattr(last, "prompt_token_ids", None) or ()), engine.model_config.max_model_len
         if length + n > limit:
             room = f"the prompt's {length} tokens leave no room for {n} of actions: --max-model-len is {limit}"
             raise InvalidRequest(room, "instruction")
         raise EngineUnsteered(f"the engine generated {len(found)} of {n} tokens")
     return found
+
+
+def computing(engine: Any) -> Compute:
+    """How a policy's prompts become its tokens, by vLLM's engine."""
+
+    async def compute(name: str, prompt: PolicyPrompt, key: TicketKey | None) -> list[int]:
+        return await generate(engine, name, prompt.token_ids, prompt.pictures, prompt.n_tokens, key, prompt.stop)
+
+    return compute
 
 
 async def _rendered(engine: Any, token_ids: Sequence[int], pictures: Sequence[Picture], **options: Any) -> Any:
@@ -86,12 +102,15 @@ async def _rendered(engine: Any, token_ids: Sequence[int], pictures: Sequence[Pi
     return ready
 
 
-async def _last(engine: Any, ready: Any, n: int, request_id: str, key: TicketKey | None) -> Any:
+async def _last(
+    engine: Any, ready: Any, n: int, request_id: str, key: TicketKey | None, stop: Sequence[int] = ()
+) -> Any:
     """The last output of a greedy request for ``n`` tokens; None when there is none."""
     params = SamplingParams(
         temperature=0.0,
         max_tokens=n,
         ignore_eos=True,
+        stop_token_ids=list(stop) or None,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
         extra_args=None if key is None else {FIELD: key},

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from steersman.server.engine.fusion import FusedNorm
-from steersman.server.engine.layers import LayerSites, Linear, find_sites
+from steersman.server.engine.layers import Kinds, LayerSites, Linear, find_sites
 from steersman.server.engine.resident import Shard
 from steersman.server.engine.runtime import Runtime
 from steersman.steering.plan import Place
@@ -98,9 +98,11 @@ def install(
     sites: frozenset[Site] = frozenset(Site),
     *,
     traced: bool = False,
+    kinds: Kinds | None = None,
 ) -> tuple[dict[Site, dict[int, int]], dict[Place, Shard]]:
     """Hooks the given (index, layer) pairs at ``sites``; ``traced``: torch.compile will trace them.
 
+    ``kinds``: of what the layers are made; vLLM's where that is not said.
     Returns each site's width by layer, and the places of which this rank holds only a part.
     """
     global _runtime
@@ -110,7 +112,7 @@ def install(
     widths: dict[Site, dict[int, int]] = {site: {} for site in Site}
     shards: dict[Place, Shard] = {}
     for index, layer in layers:
-        found = find_sites(layer, d_model)
+        found = find_sites(layer, d_model, kinds)
         hooked = {site: width for site, width in _widths(found, d_model).items() if site in sites}
         for site, width in hooked.items():
             widths[site][index] = width

@@ -37,7 +37,7 @@ from steersman.server.engine.frontend import Answer, Frontend, Generated, Ticket
 from steersman.server.engine.images import prompt_images
 from steersman.server.engine.wire import KEY, args_of, make_args
 from steersman.steering.errors import InvalidRequest, SteeringError
-from steersman.steering.tokens import Prompt, Selection
+from steersman.steering.tokens import Prompt
 
 FIELD = "steering"
 XARGS = f"vllm_xargs.{FIELD}"
@@ -209,8 +209,7 @@ def _finish(ticket: Ticket, request: Any) -> dict[str, Any]:
         ids = request.prompt_token_ids[: ticket.prompt_tokens]
         images = prompt_images(request.mm_features)
         prompt = Prompt(ids, ticket.text_finder(ids), ticket.role_finder(ids), images)
-        paths = [f"{step.path}.tokens" for step in ticket.plan.steps]
-        selection = Selection.build(ticket.plan.selectors, prompt, paths)
+        selection = Frontend.current().selection(ticket.plan, prompt)
     ticket.selections.append(selection)
     return make_args(ticket.plan, selection, str(ticket.key), ticket.whole, ticket.capture, ticket.signals)
 

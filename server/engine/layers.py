@@ -6,7 +6,8 @@ number of layers, each holding one attention layer (``AttentionLayerBase``); a l
 the stream being their sum; a norm called with two tensors adds them, normalises the sum and returns
 both; linear layers are ``LinearBase`` (or LoRA's wrappers of them) and tell their ``input_size`` and
 ``output_size``. Transformers' own layers, which vLLM runs for architectures it has no code for, keep
-to the same, with attention modules that return a tuple.
+to the same, with attention modules that return a tuple. Outside of vLLM they have torch's own linear layers, and
+:data:`TORCH` says how these are known.
 
 How: the layer's real ``forward`` is run on three tokens of noise with every child that computes
 replaced by a stub that returns fixed noise. The output is then an affine function of the stubs'
@@ -52,6 +53,15 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Kinds:
+    """What a layer's parts are made of."""
+
+    attends: Callable[[nn.Module], bool]  # whether there is attention in a module
+    linears: Callable[[nn.Module], list[nn.Module]]  # a module's linear layers, in order
+    last_linear: Callable[[nn.Module, int], Linear | None]  # the one that leads back to the stream, of this width
+
+
+@dataclass(frozen=True)
 class LayerSites:
     """What was found in one decoder layer; None where the structure does not have it."""
 
@@ -85,19 +95,23 @@ def norm_after(model: nn.Module, layers: nn.ModuleList) -> nn.Module | None:
     return norms[0] if len(norms) == 1 else None
 
 
-def find_sites(layer: nn.Module, d_model: int) -> LayerSites:
-    """The sites of one decoder layer. Never raises for an unknown structure: what is not found is None."""
-    attention = next((m for m in layer.children() if _attends(m)), None)
+def find_sites(layer: nn.Module, d_model: int, kinds: Kinds | None = None) -> LayerSites:
+    """The sites of one decoder layer. Never raises for an unknown structure: what is not found is None.
+
+    ``kinds``: of what its parts are made; vLLM's where that is not said.
+    """
+    kinds = kinds or VLLM
+    attention = next((m for m in layer.children() if kinds.attends(m)), None)
     if attention is None:
         return LayerSites()
     try:
-        trace = _trace(layer, d_model)
+        trace = _trace(layer, d_model, kinds)
     except Exception:
         return LayerSites()
     calls = [name for name, _ in trace.calls]
     modules = dict(layer.named_children())
     attn_name = next(n for n, m in modules.items() if m is attention)
-    mlp_name = next((n for n in reversed(calls) if n != attn_name and _linears(modules[n])), None)
+    mlp_name = next((n for n in reversed(calls) if n != attn_name and kinds.linears(modules[n])), None)
     if mlp_name is None or attn_name not in calls:
         return LayerSites()
     adders = _adders(trace, calls, {attn_name, mlp_name})
@@ -112,8 +126,8 @@ def find_sites(layer: nn.Module, d_model: int) -> LayerSites:
         mlp_out=Adder(mlp, modules[mlp]) if mlp else None,
         mid_norm=modules[mid_norm] if mid_norm and fused else None,
         mid_adder=Adder(attn, modules[attn]) if attn and mid_norm and not fused else None,
-        attn_z=_last_linear(attention, d_model),
-        mlp_post=None if _has_experts(modules[mlp_name]) else _last_linear(modules[mlp_name], d_model),
+        attn_z=kinds.last_linear(attention, d_model),
+        mlp_post=None if _has_experts(modules[mlp_name]) else kinds.last_linear(modules[mlp_name], d_model),
     )
 
 
@@ -153,6 +167,24 @@ def _last_linear(module: nn.Module, d_model: int) -> Linear | None:
     return Linear(chosen, base.input_size, start, start + part)
 
 
+def _torch_linears(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, nn.Linear)]
+
+
+def _torch_attends(module: nn.Module) -> bool:
+    return any(isinstance(getattr(m, "k_proj", None), nn.Linear) for m in module.modules())
+
+
+def _torch_last_linear(module: nn.Module, d_model: int) -> Linear | None:
+    fitting = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features == d_model]
+    return Linear(fitting[-1], fitting[-1].in_features, 0, fitting[-1].in_features) if fitting else None
+
+
+VLLM = Kinds(_attends, _linears, _last_linear)
+TORCH = Kinds(_torch_attends, _torch_linears, _torch_last_linear)
+"""Of Transformers' models as they are, whose attention has a ``k_proj``."""
+
+
 # -- running a layer on noise -----------------------------------------------------------------------
 
 
@@ -168,7 +200,7 @@ class _Trace:
     rerun: Callable[[dict[str, Tensor]], tuple[Any, Tensor]]  # child outputs -> stubs, stream_out
 
 
-def _trace(layer: nn.Module, d_model: int) -> _Trace:
+def _trace(layer: nn.Module, d_model: int, kinds: Kinds) -> _Trace:
     generator = torch.Generator().manual_seed(0)
     names = inspect.signature(layer.forward).parameters
     takes_residual = "residual" in names
@@ -179,7 +211,7 @@ def _trace(layer: nn.Module, d_model: int) -> _Trace:
     }
 
     def run(outputs: dict[str, Tensor], tuples: bool, batched: bool) -> tuple[_Stubs, Tensor]:
-        stubs = _Stubs(layer, outputs, d_model, generator, tuples)
+        stubs = _Stubs(layer, outputs, d_model, generator, tuples, kinds.attends)
         with stubs.installed():
             given = {k: v.clone()[None] if batched else v.clone() for k, v in arguments.items() if k in names}
             out = layer.forward(**given)
@@ -207,9 +239,16 @@ class _Stubs:
     """Stand-ins for a layer's children that compute; dropouts and the like stay as they are."""
 
     def __init__(
-        self, layer: nn.Module, outputs: dict[str, Tensor], d_model: int, generator: torch.Generator, tuples: bool
+        self,
+        layer: nn.Module,
+        outputs: dict[str, Tensor],
+        d_model: int,
+        generator: torch.Generator,
+        tuples: bool,
+        attends: Callable[[nn.Module], bool],
     ) -> None:
         self.layer = layer
+        self.attends = attends
         self.outputs = outputs
         self.d_model = d_model
         self.generator = generator
@@ -223,7 +262,7 @@ class _Stubs:
         # vLLM's Transformers backend puts fused forwards on instances: they are put back.
         own = {name: m.__dict__["forward"] for name, m in stubbed.items() if "forward" in m.__dict__}
         for name, module in stubbed.items():
-            module.__dict__["forward"] = self._stub(name, _attends(module))
+            module.__dict__["forward"] = self._stub(name, self.attends(module))
         try:
             yield
         finally:

@@ -6,10 +6,12 @@ A program is compiled per place and per set of active interventions (the bit mas
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +19,10 @@ from torch import Tensor
 from steersman.kernels.program import Program, Reading
 from steersman.kernels.reference import Reduce
 from steersman.server.engine.chain import Chain, Injected, chain
-from steersman.steering.errors import CapacityExceeded
+from steersman.steering.errors import CapacityExceeded, SteeringError
 from steersman.steering.plan import Place, Plan
+
+logger = logging.getLogger(__name__)
 
 KEPT_MASKS = 256  # compiled sets of interventions per plan: prompts may combine 64 of them in many ways
 
@@ -164,6 +168,21 @@ class ResidentPlans:
             self.size += size
         resident.holders.add(holder)
         return plan.id
+
+    def load(self, data: bytes, holder: str, release: Iterable[str], check: Callable[[Plan], None]) -> dict[str, Any]:
+        """:meth:`add` after :meth:`release`, as the HTTP process asks for it.
+
+        The plan's id and how many are resident now, or what is wrong. ``check`` raises for what cannot be done here.
+        """
+        try:
+            self.release(release, holder)
+            check(Plan.from_bytes(data))
+            return {"plan": self.add(data, holder), "resident": len(self)}
+        except SteeringError as error:
+            return {"error": error.message, "code": error.code}
+        except Exception as error:
+            logger.exception("a plan could not be loaded")
+            return {"error": str(error), "code": "engine_unsteered"}
 
     def release(self, plan_ids: Iterable[str], holder: str) -> None:
         """``holder`` will not name these plans again before adding them anew."""

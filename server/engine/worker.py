@@ -28,7 +28,7 @@ from steersman.server.engine.resident import Shard
 from steersman.server.engine.runtime import Runtime
 from steersman.server.engine.signals import watch_logits
 from steersman.server.settings import Settings
-from steersman.steering.errors import SiteUnsupported, SteeringError
+from steersman.steering.errors import SiteUnsupported
 from steersman.steering.plan import Place, Plan
 from steersman.steering.sites import ModelInfo, Site
 from steersman.steering.store import Store
@@ -105,16 +105,7 @@ class WorkerSteering:
 
     def load_plan(self, data: bytes, holder: str, release: list[str]) -> dict[str, Any]:
         """Pins a plan for ``holder``, after it gave up those of ``release``; its id, and how many are resident now."""
-        plans = self.runtime.plans
-        try:
-            plans.release(release, holder)
-            self._refuse_far_reads(Plan.from_bytes(data))
-            return {"plan": plans.add(data, holder), "resident": len(plans)}
-        except SteeringError as error:
-            return {"error": error.message, "code": error.code}
-        except Exception as error:
-            logger.exception("a plan could not be loaded")
-            return {"error": str(error), "code": "engine_unsteered"}
+        return self.runtime.plans.load(data, holder, release, self._refuse_far_reads)
 
     def _refuse_far_reads(self, plan: Plan) -> None:
         """What is read on the pipeline stage that has the layer, the other stages do not hear of."""

@@ -47,6 +47,7 @@ class Description(BaseModel):
 
 class Bins:
     name = "bins"
+    reads_seed = False
 
     def __init__(self, config: Mapping[str, Any], tokenizer: Any) -> None:
         """``config``: of the checkpoint. Raises ValueError where the description is missing or wrong."""

@@ -7,9 +7,14 @@ from typing import Any
 
 from steersman.server.policies.bins import Bins
 from steersman.server.policies.openvla import OpenVla
+from steersman.server.policies.pi0_fast import Pi0Fast
 from steersman.server.policies.policy import Policy
 
-POLICIES: Mapping[str, Callable[[Mapping[str, Any], Any], Policy]] = {"openvla": OpenVla, "bins": Bins}
+POLICIES: Mapping[str, Callable[[Mapping[str, Any], Any], Policy]] = {
+    "openvla": OpenVla,
+    "bins": Bins,
+    "pi0_fast": Pi0Fast,
+}
 CHOICES = ("auto", "none", *POLICIES)
 
 

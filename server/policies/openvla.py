@@ -26,6 +26,7 @@ class OpenVla:
     name = "openvla"
     cameras = 1
     reads_state = False
+    reads_seed = False
 
     def __init__(self, config: Mapping[str, Any], tokenizer: Any) -> None:
         """``config``: of the checkpoint. Raises ValueError where it is not OpenVLA's."""

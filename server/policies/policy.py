@@ -22,6 +22,7 @@ class Observation:
     instruction: str
     state: Floats | None = None  # [dims], in the robot's units
     unnorm_key: str | None = None  # whose statistics the actions are scaled back by
+    seed: int | None = None  # of the noise that a policy may begin from; None: another one each time
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class PolicyPrompt:
     token_ids: list[int]  # the images' places as the model's processor of vLLM wants them
     pictures: list[Picture]
     n_tokens: int  # to generate, greedily and exactly
+    stop: tuple[int, ...] = ()  # ids that end it earlier
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,15 @@ class Decoded:
 
 
 class Policy(Protocol):
-    """One policy. Its methods may be called in any thread; they raise InvalidRequest naming the observation's field."""
+    """One policy that writes actions as tokens.
+
+    Its methods may be called in any thread; they raise InvalidRequest naming the observation's field.
+    """
 
     name: str  # a metric's label
     cameras: int  # how many pictures an observation must have
     reads_state: bool
+    reads_seed: bool  # whether it begins from noise
 
     def prompt(self, observation: Observation) -> PolicyPrompt: ...
 
@@ -55,3 +61,20 @@ class Policy(Protocol):
 
     def metadata(self) -> dict[str, Any]:
         """What a client may want to know, as JSON; ``unnorm_keys`` has the dims of each key that there is."""
+
+
+class FlowPolicy(Protocol):
+    """One whose model puts out actions as numbers, by flow matching. Otherwise as :class:`Policy`."""
+
+    name: str
+    cameras: int
+    reads_state: bool
+    reads_seed: bool
+
+    def prompt(self, observation: Observation) -> Any:
+        """What the model's own engine takes."""
+
+    def decode(self, output: Floats, observation: Observation) -> Decoded:
+        """``output``: of the model, [chunk, dims] or wider."""
+
+    def metadata(self) -> dict[str, Any]: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from steersman.server.engine.frontend import TicketKey
-from steersman.server.engine.generate import generate
 from steersman.server.policies.metrics import ActionMetrics
 from steersman.server.policies.pictures import Limits
-from steersman.server.policies.policy import Floats, Observation, Policy, PolicyPrompt
+from steersman.server.policies.policy import Floats, FlowPolicy, Observation, Policy
 from steersman.server.routes.served import Served
 from steersman.server.state import SteeringState
 from steersman.steering.errors import InvalidRequest, PolicyUnavailable, TooManySessions
+
+Compute = Callable[[str, Any, TicketKey | None], Awaitable[Any]]
+"""(request id, what ``policy.prompt`` has made, ticket) -> what ``policy.decode`` takes."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Acted:
     """The answer to one observation."""
 
     actions: Floats  # [chunk, dims], in the robot's units, within the limit
-    token_ids: list[int]
+    token_ids: list[int] | None  # None: this policy's actions are no tokens
     strays: int  # tokens that stand for no action
     saturated: int  # numbers that were cut to the limit
     ignored: tuple[str, ...]  # what the observation had and the policy does not read
@@ -39,7 +41,9 @@ class Acted:
 
     def about(self) -> dict[str, Any]:
         """What every route tells beside the actions and times."""
-        out: dict[str, Any] = {"token_ids": self.token_ids, "strays": self.strays, "saturated": self.saturated}
+        out: dict[str, Any] = {"strays": self.strays, "saturated": self.saturated}
+        if self.token_ids is not None:
+            out = {"token_ids": self.token_ids, **out}
         out["ignored"] = list(self.ignored)
         return out if self.report is None else {**out, "steering": self.report}
 
@@ -48,18 +52,22 @@ class Robots:
     """One for each process that serves HTTP."""
 
     def __init__(
-        self, state: SteeringState, policy: Policy | None, engine: Any, registry: CollectorRegistry = REGISTRY
+        self,
+        state: SteeringState,
+        policy: Policy | FlowPolicy | None,
+        compute: Compute,
+        registry: CollectorRegistry = REGISTRY,
     ) -> None:
         self.state = state
         self._policy = policy
-        self._engine = engine
+        self._compute = compute
         self.metrics = ActionMetrics("none" if policy is None else policy.name, registry)
         self._sessions = 0
         settings = state.settings
         self.limits = Limits(settings.max_image_mb << 20, settings.max_image_megapixels * 1_000_000)
 
     @property
-    def policy(self) -> Policy:
+    def policy(self) -> Policy | FlowPolicy:
         """Raises PolicyUnavailable where the served model is none."""
         if self._policy is None:
             raise PolicyUnavailable("the served model is no robot policy (--steering-policy)")
@@ -99,19 +107,22 @@ class Robots:
         prompt = await asyncio.to_thread(self.policy.prompt, observation)
         if steering is None and await self.state.frontend.default() is None:
             prepared = perf_counter()
-            token_ids, report = await self._generate(prompt, None), None
+            output, report = await self._computed(prompt, None), None
         else:
-            token_ids, report, prepared = await self._steered(prompt, steering)
+            output, report, prepared = await self._steered(prompt, steering)
         generated = perf_counter()
-        decoded = self.policy.decode(token_ids, observation)
+        decoded = self.policy.decode(output, observation)
         actions, saturated = self._limited(decoded.actions, decoded.moves)
         timing = {"prepare_ms": 1e3 * (prepared - started), "engine_ms": 1e3 * (generated - prepared)}
         timing["total_ms"] = 1e3 * (perf_counter() - started)
         if observation.state is not None and not self.policy.reads_state:
             ignored = (*ignored, "state")
+        if observation.seed is not None and not self.policy.reads_seed:
+            ignored = (*ignored, "seed")
+        token_ids = output if isinstance(output, list) else None
         return Acted(actions, token_ids, decoded.strays, saturated, ignored, timing, report)
 
-    async def _steered(self, prompt: PolicyPrompt, steering: Any) -> tuple[list[int], dict[str, Any], float]:
+    async def _steered(self, prompt: Any, steering: Any) -> tuple[Any, dict[str, Any], float]:
         state = self.state
         with state.metrics.watching() as outcome:
             _refuse_stream(steering)
@@ -122,7 +133,7 @@ class Robots:
                 state.metrics.plans.set(state.frontend.resident)
                 prepared = perf_counter()
                 try:
-                    token_ids = await self._generate(prompt, ticket.key)
+                    output = await self._computed(prompt, ticket.key)
                 except Exception:
                     if ticket.refused is not None:
                         raise ticket.refused from None
@@ -131,11 +142,10 @@ class Robots:
                 outcome("steered")
             finally:
                 state.frontend.finish(ticket)
-        return token_ids, report, prepared
+        return output, report, prepared
 
-    async def _generate(self, prompt: PolicyPrompt, key: TicketKey | None) -> list[int]:
-        name = f"act-{uuid.uuid4().hex}"
-        return await generate(self._engine, name, prompt.token_ids, prompt.pictures, prompt.n_tokens, key)
+    async def _computed(self, prompt: Any, key: TicketKey | None) -> Any:
+        return await self._compute(f"act-{uuid.uuid4().hex}", prompt, key)
 
     def _limited(self, actions: Floats, moves: NDArray[np.bool_]) -> tuple[Floats, int]:
         """Motions cut to ``max_action_delta``, and how many were."""

@@ -27,6 +27,7 @@ _BODY = {"requestBody": {"content": {"application/json": {"schema": {
         "instruction": {"type": "string"},
         "state": {"type": "array", "items": {"type": "number"}},
         "unnorm_key": {"type": "string"},
+        "seed": {"type": "integer", "minimum": 0},
         "steering": {"$ref": "#/components/schemas/Steering"},
     },
 }}}}}  # fmt: skip
@@ -34,7 +35,10 @@ _BODY = {"requestBody": {"content": {"application/json": {"schema": {
 
 @router.post("/v1/actions", openapi_extra=_BODY)
 async def actions(raw: Request) -> Response:
-    """Observation to actions: ``images``, ``instruction``, ``state``, ``unnorm_key``, ``steering``; JSON or msgpack."""
+    """Observation to actions: ``images``, ``instruction``, ``state``, ``unnorm_key``, ``seed``, ``steering``.
+
+    JSON or msgpack.
+    """
     robots = robots_of(raw.app)
     kind = raw.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:

@@ -126,7 +126,9 @@ async def _prompt(given: Any, name: str, raw: Request) -> Given:
         asked = observations.ours(body, "application/json", robots.limits, robots.policy.cameras)
         if asked.steering is not None:
             raise InvalidRequest("goes beside the prompts", "steering")
-        return robots.policy.prompt(asked.observation)
+        prompt = robots.policy.prompt(asked.observation)
+        assert isinstance(prompt, PolicyPrompt), "these routes are of vLLM's server"
+        return prompt
 
     with located(f"{name}.observation"):
         return await asyncio.to_thread(read)

@@ -14,7 +14,7 @@ from steersman.server.policies.pictures import Limits, picture
 from steersman.server.policies.policy import Floats, Observation
 from steersman.steering.errors import InvalidRequest, NonFinite, UnknownField
 
-OURS = ("images", "instruction", "state", "unnorm_key", "steering")
+OURS = ("images", "instruction", "state", "unnorm_key", "seed", "steering")
 OPENVLA = ("image", "instruction", "unnorm_key", "steering")
 CAMERAS = (  # openpi's names, those that see the whole scene first
     *("observation/image", "observation/exterior_image_1_left", "base_rgb", "image"),
@@ -94,7 +94,7 @@ def ours(body: bytes, kind: str, limits: Limits, cameras: int) -> Asked:
     pictures = {path: picture(value, limits, path) for path, value in named.items()}
     state = _numbers(data["state"], "state") if data.get("state") is not None else None
     return Asked(
-        Observation(pictures, _instruction(data, "instruction"), state, _text(data, "unnorm_key")),
+        Observation(pictures, _instruction(data, "instruction"), state, _text(data, "unnorm_key"), _seed(data)),
         _plain(data.get("steering"), "steering"),
     )
 
@@ -130,9 +130,9 @@ def openpi(data: Any, limits: Limits, cameras: int, defaults: Defaults) -> Asked
     state = np.concatenate([_numbers(_row(data[name]), name) for name in names]) if names else None
     key = _key(data, defaults)
     steering = _plain(data["steering"], "steering") if "steering" in data else defaults.steering
-    read = {*chosen, *names, "prompt", "unnorm_key", "steering"}
+    read = {*chosen, *names, "prompt", "unnorm_key", "seed", "steering"}
     ignored = tuple(name[:100] for name in data if name not in read)
-    return Asked(Observation(pictures, _instruction(data, "prompt"), state, key), steering, ignored)
+    return Asked(Observation(pictures, _instruction(data, "prompt"), state, key, _seed(data)), steering, ignored)
 
 
 def _row(given: Any) -> Any:
@@ -174,6 +174,13 @@ def _instruction(data: Mapping[str, Any], name: str) -> str:
 def _key(data: Mapping[str, Any], defaults: Defaults) -> str | None:
     found = _text(data, "unnorm_key")
     return defaults.unnorm_key if found is None else found
+
+
+def _seed(data: Mapping[str, Any]) -> int | None:
+    found = data.get("seed")
+    if found is not None and (type(found) is not int or not 0 <= found < 2**63):
+        raise InvalidRequest("must be an integer from 0 to 2^63 - 1", "seed")
+    return found
 
 
 def _text(data: Mapping[str, Any], name: str, path: str | None = None) -> str | None:

@@ -42,7 +42,7 @@ _RESOLVE_BODY = {"requestBody": {"content": {"application/json": {"schema": Reso
 async def model(raw: Request) -> Response:
     """Layers, sites and widths that this server can steer, and the ops it knows."""
     frontend = state_of(raw.app).frontend
-    return Json({**frontend.model.to_json(), "ops": list(OPS), "limits": {
+    return Json({**frontend.model.to_json(), **frontend.told, "ops": list(OPS), "limits": {
         "interventions": spec.MAX_INTERVENTIONS, "probes": spec.MAX_PROBES, "number": spec.MAX_NUMBER,
     }})  # fmt: skip
 
@@ -132,9 +132,8 @@ def _resolve(request: ResolveRequest, state: SteeringState) -> dict[str, Any]:
     out["unchecked"] = plan_lint.unchecked(plan, found)
     prompt = _prompt(request, state)
     if prompt is not None:
-        paths = [f"{s.path}.tokens" for s in plan.steps]
         try:
-            selection = Selection.build(plan.selectors, prompt, paths)
+            selection = state.frontend.selection(plan, prompt)
         except SteeringError as error:
             error.param = error.param or "steering"
             raise

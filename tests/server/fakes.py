@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 
-from steersman.server.endpoints import SteeringEndpoints, _answer
+from steersman.server.endpoints import SteeringEndpoints, answer
 from steersman.server.engine.frontend import Frontend, Ticket
 from steersman.server.metrics import Metrics
 from steersman.server.reports import Reports
@@ -107,7 +107,7 @@ def client(made: Frontend, **env: str) -> TestClient:
     """An application with Steersman's routes; those of OpenAI call whatever stands in vLLM's modules."""
     app = FastAPI()
     SteeringEndpoints().attach_router(app)
-    app.add_exception_handler(SteeringError, _answer)
+    app.add_exception_handler(SteeringError, answer)
     app.state.steersman = state_of(made)
     return TestClient(app, raise_server_exceptions=False)
 

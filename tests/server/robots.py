@@ -19,6 +19,7 @@ from PIL import Image
 from prometheus_client import CollectorRegistry, generate_latest
 
 from steersman.server.engine.frontend import Frontend
+from steersman.server.engine.generate import computing
 from steersman.server.engine.intake import FIELD
 from steersman.server.policies.catalogue import load
 from steersman.server.policies.robots import Robots
@@ -113,7 +114,8 @@ class Station:
         self.registry = CollectorRegistry()
         policy = load("auto", config, tokenizer or Tokenizer())
         self.app: Any = self.http.app
-        self.app.state.steersman_robots = Robots(self.app.state.steersman, policy, self.engine, self.registry)
+        robots = Robots(self.app.state.steersman, policy, computing(self.engine), self.registry)
+        self.app.state.steersman_robots = robots
 
     def metric(self, line: str) -> float:
         found = [text for text in generate_latest(self.registry).decode().splitlines() if text.startswith(f"{line} ")]

@@ -27,7 +27,7 @@ def point(monkeypatch: pytest.MonkeyPatch) -> None:
     def link(url: str, *, steering: Mapping[str, Any] | None, api_key: str | None, timeout: float) -> Guide:
         return Guide(steering)
 
-    monkeypatch.setattr(robot_run, "MetaWorld", lambda task: Point())
+    monkeypatch.setattr(robot_run.tasks, "make", lambda task, openvla_gripper: Point())
     monkeypatch.setattr(watchdog, "link", link)
 
 
@@ -70,7 +70,8 @@ def test_without_steering_there_is_one_condition(tmp_path: Path, capsys: pytest.
         (["--steering", "@/nowhere.json"], "cannot be read"),
         (["--steps", "0"], "at least 1"),
         (["--deadline", "0"], "more than 0"),
-        (["--task", "dance"], "invalid choice"),
+        (["--task", "dance"], "must be one of reach-v3"),
+        (["--task", "libero_spatial"], "N a number"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(
@@ -97,6 +98,18 @@ def test_what_goes_wrong_is_one_line(error: Exception, said: str, monkeypatch: p
     monkeypatch.setattr(Guide, "ask", ask)
     with pytest.raises(SystemExit, match=f"^steersman robot run: {said}"):
         run()
+
+
+def test_a_robots_own_environment_needs_no_torch() -> None:
+    """A simulator's environment has what Steersman itself needs and the extra ``robot``, and no more."""
+    code = (
+        "import sys; sys.modules.update(torch=None, vllm=None, transformers=None)\n"
+        "from steersman.server import cli\n"
+        "cli.main(['robot', 'run', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "libero_spatial/N" in done.stdout
 
 
 def test_other_commands_need_no_websockets(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, 
 from vllm.model_executor.models.llama import LlamaDecoderLayer
 
 from steersman.server.engine import hooks
-from steersman.server.engine.layers import LayerSites, decoder_layers, find_sites
+from steersman.server.engine.layers import TORCH, LayerSites, decoder_layers, find_sites
 from steersman.server.engine.runtime import Runtime
 from steersman.steering.sites import Site
 
@@ -240,6 +240,24 @@ def test_nothing_is_found_where_nothing_is_known() -> None:
     assert find_sites(Strange(), D) == LayerSites()
     assert find_sites(nn.Linear(D, D), D) == LayerSites()
     assert not any("forward" in m.__dict__ for m in Strange().modules())
+
+
+def test_transformers_own_layers_are_known_by_torchs_linear_ones() -> None:
+    from transformers import GemmaConfig
+    from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer
+
+    config = GemmaConfig(hidden_size=D, intermediate_size=FF, num_attention_heads=2, num_key_value_heads=1, head_dim=6)
+    layer = GemmaDecoderLayer(config, 0)
+    assert find_sites(layer, D) == LayerSites()
+    found = find_sites(layer, D, TORCH)
+    assert (found.attn_z and found.attn_z.module) is layer.self_attn.o_proj
+    assert (found.mlp_post and (found.mlp_post.module, found.mlp_post.width)) == (layer.mlp.down_proj, FF)
+    for adder, module in (
+        (found.attn_out, layer.self_attn),
+        (found.mlp_out, layer.mlp),
+        (found.mid_adder, layer.self_attn),
+    ):
+        assert (adder and adder.module) is module
 
 
 def test_the_language_model_s_layers_are_those_that_attend_in_the_config_s_number() -> None:
