@@ -384,7 +384,8 @@ class Steering(Model):
     signals: Annotated[list[str], AfterValidator(check_signals)] = Field(
         default_factory=list,
         max_length=MAX_SIGNALS,
-        description="told of the generated tokens: answer_entropy, evidence_entropy, norm:LAYER, probe:VECTOR:LAYER",
+        description="told of the generated tokens: answer_entropy, evidence_entropy, logprob:ID, norm:LAYER, "
+        "probe:VECTOR:LAYER",
     )
 
     @property
