@@ -92,6 +92,7 @@ class DevicePlans:
         return (
             not resident.reads
             and not resident.plan.injections
+            and not resident.plan.restorations
             and all(
                 supports(Program(tuple(blocks), blocks[0].write.width), place.site in sharded)
                 for place, blocks in resident.plan.blocks.items()

@@ -409,7 +409,7 @@ def test_recovery_rates_are_hugging_faces(
     for part, by_group in wanted[2].items():
         assert set(found["patched"][part]) == set(by_group)
         for group, row in by_group.items():
-            worst = max(worst, *(abs(a - b) for a, b in zip(row, found["patched"][part][group])))
+            worst = max(worst, *(abs(a - b) for a, b in zip(row, found["patched"][part][group], strict=True)))
             print(part, group, row, found["patched"][part][group])
             assert found["patched"][part][group] == pytest.approx(row, abs=1e-3)
     print("worst", worst)

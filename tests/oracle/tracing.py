@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,23 +36,22 @@ def probabilities(
                 handle.remove()
         return float(out.logits[0, -1].double().softmax(-1)[answer])
 
-    def activation(out: Any) -> Tensor:
-        found = out[0] if isinstance(out, tuple) else out
-        assert isinstance(found, Tensor)
-        return found
-
     patched: dict[str, dict[str, list[float]]] = {}
     for part in PARTS:
         patched[part] = {group: [] for group in groups}
         for module in modules[part]:
             kept: list[Tensor] = []
-            run(clean, lambda _, __, out: kept.append(activation(out).clone()), module)
+            run(clean, partial(_keep, kept), module)
             for group, positions in groups.items():
-
-                def put(_: Any, __: Any, out: Any, positions: list[int] = positions, kept: Any = kept) -> Any:
-                    x = activation(out).clone()
-                    x[:, positions] = kept[0][:, positions]
-                    return (x, *out[1:]) if isinstance(out, tuple) else x
-
-                patched[part][group].append(run(corrupted, put, module))
+                patched[part][group].append(run(corrupted, partial(_put, kept[0], positions), module))
     return run(clean), run(corrupted), patched
+
+
+def _keep(kept: list[Tensor], _: Any, __: Any, out: Any) -> None:
+    kept.append((out[0] if isinstance(out, tuple) else out).clone())
+
+
+def _put(rows: Tensor, positions: list[int], _: Any, __: Any, out: Any) -> Any:
+    x = (out[0] if isinstance(out, tuple) else out).clone()
+    x[:, positions] = rows[:, positions]
+    return (x, *out[1:]) if isinstance(out, tuple) else x
