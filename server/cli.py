@@ -20,6 +20,7 @@ from steersman.server.commands import (
     resolve,
     robot,
     serve,
+    trace,
 )
 from steersman.steering.errors import SteeringError
 
@@ -30,6 +31,7 @@ COMMANDS = {
     "resolve": resolve,
     "extract": extract,
     "calibrate": calibrate,
+    "trace": trace,
     "condition": condition,
     "neurons": neurons,
     "baseline": baseline,

@@ -169,3 +169,47 @@ def recipe(
     }
     numbers = {f"rr_{name}": [0.0 if math.isnan(v) else float(v) for v in rates] for name, rates in known.items()}
     return {**numbers, **chosen, "lambda_a": lambda_a, "lambda_m": lambda_m}
+
+
+def fall(ablated: float, clean: float) -> float:
+    """How much of the answer's probability is lost, as a share of it; negative where it grows."""
+    return (clean - ablated) / clean if clean > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """One question's probabilities with single parts of the model taken out, in the order of the units."""
+
+    clean: float
+    right: bool  # whether the clean run's likeliest token is the answer's
+    without: Sequence[float]  # [units]
+    stays: Sequence[bool]  # [units] whether the likeliest token is still the answer's
+    set: str = ""
+
+
+@dataclass(frozen=True)
+class Falls:
+    """Means over the questions of a set that the clean run answers rightly."""
+
+    probability: Rates  # [units] mean share of the answer's probability that is lost
+    accuracy: Rates  # [units] share of them that are no longer answered rightly
+    questions: int
+    used: int  # of these, answered rightly
+
+    @classmethod
+    def of(cls, questions: Iterable[Ablated]) -> dict[str, Falls]:
+        """By set, in the order in which they come."""
+        by_set: dict[str, list[Ablated]] = {}
+        for question in questions:
+            by_set.setdefault(question.set, []).append(question)
+        return {name: cls._of(found) for name, found in by_set.items()}
+
+    @classmethod
+    def _of(cls, questions: Sequence[Ablated]) -> Falls:
+        used = [q for q in questions if q.right]
+        units = len(questions[0].without)
+        lost = np.array([[fall(p, q.clean) for p in q.without] for q in used]).reshape(-1, units)
+        wrong = np.array([[not stays for stays in q.stays] for q in used], float).reshape(-1, units)
+        nothing = np.full(units, math.nan)
+        probability, accuracy = (rows.mean(0) if len(used) else nothing for rows in (lost, wrong))
+        return cls(probability, accuracy, len(questions), len(used))

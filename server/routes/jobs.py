@@ -11,18 +11,18 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import Response
 from pydantic import Field, TypeAdapter, ValidationError
 
-from steersman.server import captures, extraction, tracing
+from steersman.server import ablation, captures, extraction, tracing
 from steersman.server.access import admin
 from steersman.server.answers import Json
 from steersman.server.calibration import CalibrateSpec, calibration
 from steersman.server.extraction_spec import ExtractSpec
 from steersman.server.jobs import Progress, Work
 from steersman.server.state import SteeringState, state_of
-from steersman.server.tracing_spec import TraceSpec
+from steersman.server.tracing_spec import AblateSpec, TraceSpec
 from steersman.steering import errors
 from steersman.steering.spec import json_path
 
-Spec = ExtractSpec | CalibrateSpec | TraceSpec
+Spec = ExtractSpec | CalibrateSpec | TraceSpec | AblateSpec
 JobSpec = Annotated[Spec, Field(discriminator="kind")]
 _JOBS: TypeAdapter[Spec] = TypeAdapter(JobSpec)
 _BODY = {"requestBody": {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/SteeringJob"}}}}}
@@ -40,6 +40,9 @@ async def submit(raw: Request) -> Response:
     elif isinstance(spec, TraceSpec):
         tracing.check(spec, state)
         work = _tracing(spec, state)
+    elif isinstance(spec, AblateSpec):
+        ablation.units(spec, state)
+        work = _ablation(spec, state)
     else:
         work = await asyncio.to_thread(calibration, spec, raw)
     return Json(state.jobs.submit(spec.kind, spec.name, work).to_json(), 202)
@@ -92,7 +95,7 @@ def _explain(error: ValidationError, data: Mapping[str, Any]) -> errors.Steering
     """The complaint that lies deepest in the data: a union complains once for each of its members."""
     found = error.errors(include_url=False, include_context=False)
     if not found[0]["loc"]:
-        return errors.InvalidRequest("must be one of extract, calibrate, trace", "kind")
+        return errors.InvalidRequest("must be one of extract, calibrate, trace, ablate", "kind")
     kinds = [(e, "" if e["type"].startswith("union_tag") else e["type"]) for e in found]
     path, first = max(
         ((json_path("", data, e["loc"][1:], kind), e) for e, kind in kinds), key=lambda each: len(each[0])
@@ -115,5 +118,12 @@ def _extraction(spec: ExtractSpec, raw: Request) -> Work:
 def _tracing(spec: TraceSpec, state: SteeringState) -> Work:
     async def work(progress: Progress) -> Mapping[str, Any]:
         return await tracing.trace(spec, state, progress)
+
+    return work
+
+
+def _ablation(spec: AblateSpec, state: SteeringState) -> Work:
+    async def work(progress: Progress) -> Mapping[str, Any]:
+        return await ablation.ablate(spec, state, progress)
 
     return work
