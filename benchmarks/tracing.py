@@ -54,10 +54,13 @@ def measured(found: Mapping[str, Any]) -> str:
     """The part of the page that comes from the result file."""
     about, patch = found["provenance"], found["patch"]
     rates = patch["recovery_rates"]
-    lines = [
+    made = (
         f"`python -m benchmarks.tracing`: {NAME} in bfloat16 on {about['cores']} cores of {about['cpu']}. "
         f"{patch['used']} of {patch['questions']} capitals count: noise on the country's name costs them at least "
-        f"{patch['least']:g} of their probability. The {_runs(patch)} runs took {patch['seconds']:.0f} s.",
+        f"{patch['least']:g} of their probability. The {_runs(patch)} runs took {patch['seconds']:.0f} s."
+    )
+    lines = [
+        made,
         "",
         "| put back | tokens | best layer | its recovery rate |",
         "|---|---|---|---|",
@@ -80,7 +83,10 @@ def _runs(patch: Mapping[str, Any]) -> int:
 
 
 def _worst(found: Mapping[str, Any]) -> str:
-    lines = ["| set | answered rightly | most is lost without (layer:part, share of the probability) |", "|---|---|---|"]
+    lines = [
+        "| set | answered rightly | most is lost without (layer:part, share of the probability) |",
+        "|---|---|---|",
+    ]
     for name, told in found["sets"].items():
         pairs = sorted(zip(told["probability_lost"], found["units"], strict=True), key=lambda p: -(p[0] or 0.0))
         worst = ", ".join(f"{layer}:{part} {lost:.2f}" for lost, (layer, part) in pairs[:WORST] if lost is not None)

@@ -154,9 +154,11 @@ class _Builder:
             if not source.single:
                 self._restore(given, source, path)
                 return
-            site, layers, assets, tokens, make = self._patch(given, source)
+            site, layers, assets, make = self._patch(given, source)
+            selector = source.tokens
         else:
             site, layers, assets, tokens, make = getattr(self, f"_{given.op}")(given)
+            selector = _tokens(given, tokens)
         places = self._places(site, layers)
         flags: dict[str, Any] = {"preserve_norm": given.preserve_norm}
         if given.when is not None:
@@ -165,7 +167,7 @@ class _Builder:
         for place, width in places:
             self.blocks[place].append(make(len(self.steps), place.layer, width, flags))
         gate = flags.get("gate", -1)
-        self.steps.append(Step(given.op, tuple(layers), site, _tokens(given, tokens), tuple(assets), path, gate))
+        self.steps.append(Step(given.op, tuple(layers), site, selector, tuple(assets), path, gate))
 
     def _places(self, site: Site, layers: Iterable[int]) -> list[tuple[Place, int]]:
         """The places, and how wide each is."""
@@ -186,7 +188,7 @@ class _Builder:
             with located("basis"):
                 return lower.patch(i, row, None if basis is None else basis.at(layer, width), **flags)
 
-        return source.site, layers, names, source.tokens, make
+        return source.site, layers, names, make
 
     def _patched(
         self, given: spec.Patch, source: patches.Source

@@ -7,6 +7,7 @@ reads. Its tokenizer is that of ``tiny.py`` and one token for an image. Images a
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def without_torchvision(folder: Path) -> dict[str, str]:
         "        module.PixtralImageProcessor = pil.PixtralImageProcessorPil\n"
         "sys.meta_path.insert(0, Finder())\n"
     )
-    return {"PYTHONPATH": str(folder)}
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 @torch.no_grad()
