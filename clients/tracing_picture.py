@@ -15,6 +15,7 @@ from steersman.clients.calibration_picture import PlotsMissing
 from steersman.steering.tracing import COMPONENTS, GROUPS, Falls, Rates, Table
 
 NEURONS: Final = 30  # the most that are drawn, those of the largest falls
+FAINT: Final = 0.05
 _TITLES: Final = {"attn": "attention outputs", "mlp": "MLP outputs", "hidden": "hidden states"}
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0;font-size:13px}td,th{padding:.15rem .4rem;border-bottom:1px solid #ddd}
@@ -22,18 +23,20 @@ td{text-align:right;font-variant-numeric:tabular-nums}th{text-align:left;font-we
 
 
 def recovery_png(table: Table, title: str) -> bytes:
-    """A heat map for each component, groups by layers, of mean recovery rates. Raises PlotsMissing."""
+    """A heat map for each component with colours of its own, groups by layers, of mean recovery rates.
+
+    Raises PlotsMissing.
+    """
     parts = {name: table.rates[name] for name in COMPONENTS if name in table.rates}
     groups = [group for group in GROUPS if any(group in rates for rates in parts.values())]
     width = max((len(row) for rates in parts.values() for row in rates.values()), default=1)
     figure = _figure((min(4 + 0.28 * width, 16), 0.9 + (0.75 + 0.26 * len(groups)) * max(len(parts), 1)))
     axes = figure.subplots(max(len(parts), 1), 1, squeeze=False, sharex=True)[:, 0]
-    every = [row for rates in parts.values() for row in rates.values()]
     for at, (name, rates) in zip(axes, parts.items(), strict=False):
         rows = [rates.get(group, np.full(width, math.nan)) for group in groups]
         counts = table.counts[name]
         labels = [f"{group.replace('_', ' ')} ({counts.get(group, 0)})" for group in groups]
-        _heat(figure, at, np.array(rows), _limit(every), labels, _TITLES[name])
+        _heat(figure, at, np.array(rows), _limit(rows), labels, _TITLES[name])
     axes[-1].set_xlabel("layer")
     figure.suptitle(title, fontsize=10)
     return _png(figure)
@@ -103,9 +106,9 @@ def page(title: str, told: str, picture: bytes, tables: Mapping[str, Sequence[tu
 
 
 def _limit(rows: Sequence[Rates]) -> float:
-    """Colours go from minus to plus this; the middle is 0."""
+    """Colours go from minus to plus this; the middle is 0. What is all small stays pale."""
     known = [abs(v) for row in rows for v in row if math.isfinite(v)]
-    return float(max([*known, 1e-9]))
+    return float(max([*known, FAINT]))
 
 
 def _heat(figure: Any, axes: Any, rows: Rates, limit: float, labels: Sequence[str], title: str) -> None:

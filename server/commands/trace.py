@@ -91,7 +91,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         with remote.client(args) as server:
             results = _results(server, jobs_of(settings, questions), Finished(args.out / "finished.jsonl"))
-            title = f"{args.questions.name} on {server.model()['model']}"
+            name = str(server.model()["model"]).rstrip("/").rsplit("/", 1)[-1]  # a server may be started with a folder
+            title = f"{args.questions.name} on {name}"
             if args.kind == "patch":
                 _write_trace(args, server, results, title, settings)
             else:
