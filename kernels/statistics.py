@@ -152,6 +152,14 @@ def mass_entropies(logits: Tensor, ids: Sequence[int]) -> Tensor:
     return found
 
 
+def logprobs(logits: Tensor, ids: Sequence[int]) -> Tensor:
+    """[n, ids] ln p of each of ``ids`` by each row of ``logits`` [n, vocabulary]; -inf of what the vocabulary lacks."""
+    z = logits.float()
+    chosen = torch.tensor(list(ids), device=z.device)
+    found = z[:, chosen.clamp_max(z.shape[1] - 1)] - z.logsumexp(-1, keepdim=True)
+    return found.masked_fill(chosen >= z.shape[1], float("-inf"))
+
+
 def _entropies(logits: Tensor) -> Tensor:
     z = logits.float()
     z = (z - z.amax(-1, keepdim=True)).clamp_min_(RULED_OUT)  # 0·∞ is no number

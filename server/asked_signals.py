@@ -30,6 +30,8 @@ def wanted(names: Iterable[str], plan: Plan, model: ModelInfo, tokenizer: Any, h
                 found[name] = column
             elif signal.kind == "evidence_entropy":
                 found[name] = hedge_ids(hedges, tokenizer)
+            elif signal.kind == "logprob":
+                found[name] = signal.token
             elif signal.kind == "answer_entropy":
                 found[name] = None
     return found

@@ -12,8 +12,8 @@ from typing import Any
 from steersman.steering.errors import SteeringError
 
 COMMANDS = (
-    "serve", "serve-policy", "assets", "chat", "resolve", "extract", "select", "calibrate", "condition", "neurons",
-    "baseline", "detector", "eval", "robot", "doctor",
+    "serve", "serve-policy", "assets", "chat", "resolve", "extract", "select", "calibrate", "trace", "condition",
+    "neurons", "baseline", "detector", "eval", "robot", "doctor",
 )  # fmt: skip
 """Each is a module of ``server/commands``; only the one that is asked for is imported, as a robot has no torch."""
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,21 @@ class KeptCaptures:
             finally:
                 hidden.unlink(missing_ok=True)
         return digest.hexdigest()
+
+    @contextmanager
+    def lent(self, parts: Sequence[bytes | memoryview]) -> Iterator[str]:
+        """Keeps a file while the context lasts. One that somebody keeps already stays."""
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        known = self._path(digest.hexdigest()).is_file()
+        capture_id = self.add(parts)
+        try:
+            yield capture_id
+        finally:
+            if not known:
+                with suppress(UnknownCapture):
+                    self.remove(capture_id)
 
     def path(self, capture_id: str) -> Path:
         """The file. Raises UnknownCapture."""

@@ -98,13 +98,15 @@ class CaptureFile:
     def reduced(self) -> bool:
         return bool(self.about["reduce"] != "none")
 
-    def row(self, place: Place, prompt: int, index: int) -> Floats:
-        """[width], the ``index``-th row of a prompt; of one whose tokens were reduced there is one."""
+    def rows(self, place: Place, prompt: int, indices: Sequence[int]) -> Floats:
+        """[n, width], some rows of a prompt; of one whose tokens were reduced there is one."""
         name = f"{place.site.value}.{place.layer}"
-        name, at = (name, prompt) if self.reduced else (f"{prompt}.{name}", index)
         with safe_open(self._path, framework="numpy") as file:
-            (found,) = file.get_slice(name)[at : at + 1]
-        return np.asarray(found, np.float32)
+            if self.reduced:
+                return np.asarray(file.get_slice(name)[prompt : prompt + 1], np.float32)
+            low, high = min(indices), max(indices) + 1
+            found = file.get_slice(f"{prompt}.{name}")[low:high]
+        return np.asarray(found, np.float32)[[index - low for index in indices]]
 
 
 def _tensors(captured: Captured) -> Iterator[tuple[str, Floats]]:

@@ -1,4 +1,4 @@
-"""What op ``patch`` puts in place of activations: the rows of a kept capture, and the tokens that each goes to."""
+"""What op ``patch`` puts in place of activations: the rows of a kept capture, and the tokens that they go to."""
 
 from __future__ import annotations
 
@@ -26,16 +26,23 @@ class Source:
         self.site = _site(given.site, list(capture.about["sites"]))
         self.layers: tuple[int, ...] = tuple(capture.about["sites"][self.site.value])
         self._rows, positions = self._chosen(given, prompts[given.prompt])
-        self.targets: list[Tokens] = _targets(given, positions)
+        self.tokens: Tokens = _targets(given, positions)
+        self.single = len(self._rows) == 1  # a row that goes to all of the tokens; else each to a position of its own
 
-    def row(self, layer: int, index: int, width: int) -> Tensor:
-        """[width] float32, what the ``index``-th of the targets gets at ``layer``."""
-        row = torch.from_numpy(self._capture.row(Place(layer, self.site), self._prompt, self._rows[index]))
-        if len(row) != width:
-            raise WidthMismatch(f"is {len(row)} wide; {self.site.value} is {width} wide at layer {layer}")
-        if not torch.isfinite(row).all():
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Where each of several rows goes."""
+        assert isinstance(self.tokens, TokenSet)
+        return tuple(self.tokens.positions or ())
+
+    def rows(self, layer: int, width: int) -> Tensor:
+        """[n, width] float32, what goes in at ``layer``."""
+        rows = torch.from_numpy(self._capture.rows(Place(layer, self.site), self._prompt, self._rows))
+        if rows.shape[1] != width:
+            raise WidthMismatch(f"is {rows.shape[1]} wide; {self.site.value} is {width} wide at layer {layer}")
+        if not torch.isfinite(rows).all():
             raise NonFinite(f"has NaN or infinity at layer {layer}")
-        return row
+        return rows
 
     def _chosen(self, given: Patch, prompt: dict[str, Any]) -> tuple[list[int], list[int] | None]:
         """Which rows of the prompt's, and the positions that they were captured at; None: they were reduced."""
@@ -67,15 +74,15 @@ def _site(given: Site | None, captured: list[str]) -> Site:
     return site
 
 
-def _targets(given: Patch, positions: list[int] | None) -> list[Tokens]:
-    """The tokens that each row goes to."""
+def _targets(given: Patch, positions: list[int] | None) -> Tokens:
+    """The tokens that the rows go to; of several, their positions in the order of the rows."""
     stated = "tokens" in given.model_fields_set
     if positions is None:
-        return [given.tokens]
+        return given.tokens
     if not stated:
         return _apart(positions, "source_positions")
     if len(positions) == 1:
-        return [given.tokens]
+        return given.tokens
     named = given.tokens.positions if isinstance(given.tokens, TokenSet) else None
     if named is None or given.tokens != TokenSet(positions=named):
         raise InvalidRequest(f"{len(positions)} rows go to as many positions: give tokens.positions alone", "tokens")
@@ -84,7 +91,7 @@ def _targets(given: Patch, positions: list[int] | None) -> list[Tokens]:
     return _apart(named, "tokens.positions")
 
 
-def _apart(positions: list[int], field: str) -> list[Tokens]:
+def _apart(positions: list[int], field: str) -> Tokens:
     if len(set(positions)) != len(positions):
         raise InvalidRequest("a position is named twice", field)
-    return [TokenSet(positions=[position]) for position in positions]
+    return TokenSet(positions=positions)

@@ -165,10 +165,27 @@ class Injection:
 
 
 @dataclass(frozen=True)
+class Restoration:
+    """Stored rows in place of an activation at one place, each at a position of its own: x′ = row.
+
+    With a basis in its subspace alone, x′ = x + VᵀV(row − x).
+    """
+
+    intervention: int
+    place: Place
+    positions: tuple[int, ...]  # one for each row; negative ones count from the prompt's end
+    rows: Tensor  # [n, width] float32
+    basis: Tensor | None = None  # V [k, width], orthonormal
+    preserve_norm: bool = False
+    gate: int = -1  # index into the plan's gates, -1: always open
+
+
+@dataclass(frozen=True)
 class Plan:
     steps: tuple[Step, ...]
     blocks: Mapping[Place, tuple[Block, ...]]  # in request order
     injections: tuple[Injection, ...] = field(default=(), kw_only=True)
+    restorations: tuple[Restoration, ...] = field(default=(), kw_only=True)
     gates: tuple[GateRead, ...] = ()
     probes: tuple[ProbeRead, ...] = ()
     probe_names: tuple[str, ...] = ()
@@ -192,6 +209,7 @@ class Plan:
         rows = [r for blocks in self.blocks.values() for b in blocks for r in (b.write, b.read) if r is not None]
         kept = [r.dense if r.dense is not None else r.columns for r in rows]
         kept += [g.direction for g in self.gates] + [p.direction for p in self.probes]
+        kept += [t for r in self.restorations for t in (r.rows, r.basis)]
         return sum(t.nbytes for t in kept if t is not None)
 
     def activated(self, probes: Sequence[int], dots: Tensor) -> Tensor:
@@ -235,7 +253,13 @@ class Plan:
     @property
     def edited(self) -> set[Place]:
         """Every place that is edited."""
-        return set(self.blocks) | {place for i in self.injections for place in i.written}
+        written = {place for i in self.injections for place in i.written} | {r.place for r in self.restorations}
+        return set(self.blocks) | written
+
+    @property
+    def from_end(self) -> bool:
+        """Whether what a selected token gets depends on where its prompt ends."""
+        return any(position < 0 for r in self.restorations for position in r.positions)
 
     def to_bytes(self) -> bytes:
         tensors: dict[str, Tensor] = {}
@@ -267,6 +291,18 @@ class Plan:
                 [i.intervention, i.site.value, [list(s) for s in i.sources], list(i.targets), i.gate]
                 for i in self.injections
             ],
+            "restorations": [
+                [
+                    r.intervention,
+                    *_flat(r.place),
+                    list(r.positions),
+                    put(r.rows),
+                    None if r.basis is None else put(r.basis),
+                    r.preserve_norm,
+                    r.gate,
+                ]
+                for r in self.restorations
+            ],
             "blocks": [
                 [place.layer, place.site.value, [_pack_block(b, put) for b in self.blocks[place]]]
                 for place in sorted(self.blocks, key=lambda p: p.order)
@@ -292,6 +328,12 @@ class Plan:
             injections=tuple(
                 Injection(i, Site(site), tuple((k, w) for k, w in sources), tuple(targets), gate)
                 for i, site, sources, targets, gate in header["injections"]
+            ),
+            restorations=tuple(
+                Restoration(
+                    i, Place(layer, Site(site)), tuple(at), tensors[rows], basis and tensors[basis], preserve, gate
+                )
+                for i, layer, site, at, rows, basis, preserve, gate in header["restorations"]
             ),
             blocks={
                 Place(layer, Site(site)): tuple(_unpack_block(b, tensors) for b in blocks)

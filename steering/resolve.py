@@ -25,7 +25,7 @@ from steersman.steering.errors import (
     WidthMismatch,
     located,
 )
-from steersman.steering.plan import Activation, GateRead, Injection, Place, Plan, ProbeRead, Step
+from steersman.steering.plan import Activation, GateRead, Injection, Place, Plan, ProbeRead, Restoration, Step
 from steersman.steering.recipes import Recipe
 from steersman.steering.references import key_of, references
 from steersman.steering.sites import Site
@@ -111,6 +111,7 @@ class _Builder:
         self.steps: list[Step] = []
         self.blocks: defaultdict[Place, list[Block]] = defaultdict(list)
         self.injections: list[Injection] = []
+        self.restorations: list[Restoration] = []
         self.gates: list[GateRead] = []
         self.probes: list[ProbeRead] = []
         self.probe_names: list[str] = []
@@ -135,6 +136,7 @@ class _Builder:
             steps=tuple(self.steps),
             blocks={place: tuple(blocks) for place, blocks in self.blocks.items()},
             injections=tuple(self.injections),
+            restorations=tuple(self.restorations),
             gates=tuple(self.gates),
             probes=tuple(self.probes),
             probe_names=tuple(self.probe_names),
@@ -145,48 +147,71 @@ class _Builder:
         if isinstance(given, spec.Inject):
             self._inject(given, path)
             return
-        site, layers, assets, tokens, make = getattr(self, f"_{given.op}")(given)
-        parts = make if isinstance(make, list) else [(_tokens(given, tokens), make)]
+        if isinstance(given, spec.Patch):
+            with located("capture"):
+                found = self.library.capture(given.capture)
+            source = patches.Source(found, given)
+            if not source.single:
+                self._restore(given, source, path)
+                return
+            site, layers, assets, make = self._patch(given, source)
+            selector = source.tokens
+        else:
+            site, layers, assets, tokens, make = getattr(self, f"_{given.op}")(given)
+            selector = _tokens(given, tokens)
+        places = self._places(site, layers)
+        flags: dict[str, Any] = {"preserve_norm": given.preserve_norm}
+        if given.when is not None:
+            with located("when"):
+                flags["gate"] = self._gate(given.when, [place for place, _ in places])
+        for place, width in places:
+            self.blocks[place].append(make(len(self.steps), place.layer, width, flags))
+        gate = flags.get("gate", -1)
+        self.steps.append(Step(given.op, tuple(layers), site, selector, tuple(assets), path, gate))
+
+    def _places(self, site: Site, layers: Iterable[int]) -> list[tuple[Place, int]]:
+        """The places, and how wide each is."""
         places = []
         for layer in layers:
             with located(self._blame(site, "layers")):
                 width = self.model.width(site, layer)
             places.append((Place(layer, site), width))
-        flags: dict[str, Any] = {"preserve_norm": given.preserve_norm}
-        if given.when is not None:
-            with located("when"):
-                flags["gate"] = self._gate(given.when, [place for place, _ in places])
-        gate = flags.get("gate", -1)
-        for selector, one in parts:
-            for place, width in places:
-                self.blocks[place].append(one(len(self.steps), place.layer, width, flags))
-            self.steps.append(Step(given.op, tuple(layers), site, selector, tuple(assets), path, gate))
+        return places
 
-    def _patch(self, given: spec.Patch) -> tuple[Any, ...]:
-        with located("capture"):
-            found = self.library.capture(given.capture)
-        source = patches.Source(found, given)
+    def _patch(self, given: spec.Patch, source: patches.Source) -> tuple[Any, ...]:
+        """Of a single row."""
+        layers, names, basis = self._patched(given, source)
+
+        def make(i: int, layer: int, width: int, flags: dict[str, Any]) -> Block:
+            with located("capture"):
+                (row,) = source.rows(layer, width)
+            with located("basis"):
+                return lower.patch(i, row, None if basis is None else basis.at(layer, width), **flags)
+
+        return source.site, layers, names, make
+
+    def _patched(
+        self, given: spec.Patch, source: patches.Source
+    ) -> tuple[tuple[int, ...], list[str], Directions | None]:
         layers = self._layers(given.layers, source.layers, "capture")
-        if len(self.steps) + len(source.targets) > spec.MAX_INTERVENTIONS:
-            raise TooManyInterventions(
-                f"patches {len(source.targets)} positions, each of which counts as an intervention; "
-                f"a request has at most {spec.MAX_INTERVENTIONS}",
-                "source_positions",
-            )
         with located("basis"):
             basis = None if given.basis is None else self.library.vector(given.basis)
+        return layers, [f"capture@{given.capture}", *([] if basis is None else [basis.name])], basis
 
-        def make_of(row: int) -> Make:
-            def make(i: int, layer: int, width: int, flags: dict[str, Any]) -> Block:
-                with located("capture"):
-                    values = source.row(layer, row, width)
-                with located("basis"):
-                    return lower.patch(i, values, None if basis is None else basis.at(layer, width), **flags)
-
-            return make
-
-        names = [f"capture@{given.capture}", *([] if basis is None else [basis.name])]
-        return source.site, layers, names, None, [(tokens, make_of(i)) for i, tokens in enumerate(source.targets)]
+    def _restore(self, given: spec.Patch, source: patches.Source, path: str) -> None:
+        """A patch of several rows."""
+        layers, names, basis = self._patched(given, source)
+        places, index, gate = self._places(source.site, layers), len(self.steps), -1
+        if given.when is not None:
+            with located("when"):
+                gate = self._gate(given.when, [place for place, _ in places])
+        for place, width in places:
+            with located("capture"):
+                rows = source.rows(place.layer, width)
+            with located("basis"):
+                part = None if basis is None else lower.orthonormal(basis.at(place.layer, width))
+            self.restorations.append(Restoration(index, place, source.positions, rows, part, given.preserve_norm, gate))
+        self.steps.append(Step(given.op, tuple(layers), source.site, source.tokens, tuple(names), path, gate))
 
     def _inject(self, given: spec.Inject, path: str) -> None:
         name, recipe, scale, tokens = self._recipe(given.recipe)

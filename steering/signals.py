@@ -4,6 +4,7 @@
 |---|---|
 | `answer_entropy` | H = −Σ p ln p of the next token's distribution, in nats |
 | `evidence_entropy` | −(p ln p + (1 − p) ln(1 − p)), p = Σ_{v ∈ U} p(v), U the tokens of hedging words; in nats |
+| `logprob:ID` | ln p of the token with this id, however unlikely it is |
 | `norm:LAYER` | ‖x‖ of the stream leaving the layer, after its edits |
 | `probe:VECTOR:LAYER` | what the request's probe of that vector reads there |
 | `conflict` | ln p(y|image, text) − ln p(y|text), by a replay of the answer (`steering/conflict.py`) |
@@ -27,16 +28,17 @@ HEDGES: Final = (
 )  # fmt: skip
 """The words of U where a detector does not name its own."""
 _SIGNAL: Final = re.compile(
-    r"(?P<kind>answer_entropy|evidence_entropy|conflict)|norm:(?P<norm>\d{1,6})|"
+    r"(?P<kind>answer_entropy|evidence_entropy|conflict)|norm:(?P<norm>\d{1,6})|logprob:(?P<token>\d{1,9})|"
     r"probe:(?P<vector>[A-Za-z0-9][A-Za-z0-9._-]{0,127}):(?P<layer>\d{1,6})"
 )
-_WANTED: Final = "answer_entropy, evidence_entropy, conflict, norm:LAYER or probe:VECTOR:LAYER"
+_WANTED: Final = "answer_entropy, evidence_entropy, conflict, logprob:ID, norm:LAYER or probe:VECTOR:LAYER"
 
 
 class Signal(NamedTuple):
-    kind: str  # answer_entropy, evidence_entropy, conflict, norm or probe
+    kind: str  # answer_entropy, evidence_entropy, conflict, logprob, norm or probe
     layer: int = -1  # of norm and probe
     vector: str = ""  # of probe, without a version
+    token: int = -1  # of logprob, its id
 
 
 def parse_signal(name: str) -> Signal:
@@ -48,6 +50,8 @@ def parse_signal(name: str) -> Signal:
         return Signal(match["kind"])
     if match["norm"]:
         return Signal("norm", int(match["norm"]))
+    if match["token"]:
+        return Signal("logprob", token=int(match["token"]))
     return Signal("probe", int(match["layer"]), match["vector"])
 
 

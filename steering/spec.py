@@ -322,7 +322,7 @@ class Patch(Common):
     """x replaced by a captured activation, wholly or, with ``basis``, in a subspace: x + VᵀV(captured − x).
 
     Several rows go to as many ``tokens.positions``, by default those that they were captured at; a single one, such as
-    a mean over tokens, goes to whichever tokens are selected. Each row counts as an intervention.
+    a mean over tokens, goes to whichever tokens are selected.
     """
 
     op: Literal["patch"]
@@ -384,7 +384,8 @@ class Steering(Model):
     signals: Annotated[list[str], AfterValidator(check_signals)] = Field(
         default_factory=list,
         max_length=MAX_SIGNALS,
-        description="of each generated token: answer_entropy, evidence_entropy, conflict, norm:LAYER, probe:NAME:LAYER",
+        description="of each generated token: answer_entropy, evidence_entropy, conflict, logprob:ID, norm:LAYER, "
+        "probe:VECTOR:LAYER",
     )
 
     @property

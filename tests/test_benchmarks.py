@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks import calibration, cast_report, provenance
+from benchmarks import calibration, cast_report, provenance, tracing
 from benchmarks.processes import cpu_seconds
 from benchmarks.provenance import RESULTS
 from benchmarks.report import PAGE, page
@@ -36,6 +36,13 @@ def test_the_page_of_calibration_says_what_its_result_file_says() -> None:
     text = calibration.PAGE.read_text(encoding="utf-8")
     assert text == calibration.page(text, found), "run python -m benchmarks.calibration"
     assert calibration.measured(found) in text
+
+
+def test_the_page_of_tracing_says_what_its_result_file_says() -> None:
+    found = json.loads((RESULTS / "tracing.json").read_text())
+    text = tracing.PAGE.read_text(encoding="utf-8")
+    assert text == tracing.page(text, found), "run python -m benchmarks.tracing"
+    assert tracing.measured(found) in text
 
 
 @pytest.mark.parametrize(

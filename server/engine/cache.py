@@ -7,8 +7,8 @@ The contract with vLLM: a block's hash covers its parent's hash, its tokens and 
 
 Our key says which plan edits the block's tokens and which of its interventions edit which token. Blocks
 without an edited token get none: before the first edit they are shared with everybody, after it their
-parent's hash tells them apart. Where a gate decides once per request, what it decides depends on where
-the prompt ends, so that is part of the key.
+parent's hash tells them apart. Where a gate decides once per request, or a restoration counts from the
+prompt's end, it depends on where the prompt ends, so that is part of the key.
 """
 
 from __future__ import annotations

@@ -1,20 +1,24 @@
-"""What rows carry from the source layers of an injection to its targets, within one forward pass.
+"""What is each row's own in one forward pass: what it carries to the targets of an injection, what it is restored to.
 
 At a source the activation is read as the model computed it, before any edit at that place, and added after that place's
 edits: a target that is a source itself does not receive its own. A carry is a sum [rows, d] in float32 over the sources
 that the pass has gone by, for each injection and each group of rows with the same plan and mask.
+
+What a row is restored to depends on its position, which no layout knows: it is the same for several passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from steersman.server.engine.chain import Chain, Injected
+from steersman.server.engine.chain import Chain, Injected, Restored
+from steersman.server.engine.owners import Owner
 from steersman.server.engine.resident import Resident
 
 
@@ -34,10 +38,11 @@ class Source:
 
 
 class Carried:
-    """The carries of one pass."""
+    """The carries of one pass, whose rows are the ``owners``'."""
 
-    def __init__(self) -> None:
+    def __init__(self, owners: Sequence[Owner] = ()) -> None:
         self._sums: dict[Carry, Tensor] = {}
+        self._owners = owners
 
     def read(self, sources: Iterable[Source], x: Tensor, residual: Tensor | None) -> list[tuple[Carry, Tensor]]:
         """What :meth:`add` is to be given once ``x`` [T, d] has been edited."""
@@ -55,13 +60,24 @@ class Carried:
     def add(self, sums: Iterable[tuple[Carry, Tensor]]) -> None:
         self._sums.update(sums)
 
-    def to(self, resident: Resident, mask: int, chain: Chain) -> dict[int, Tensor]:
-        """By injection of ``chain``, what the rows of one group carry."""
+    def to(self, resident: Resident, mask: int, chain: Chain, rows: Tensor) -> dict[int, Tensor]:
+        """By intervention of ``chain``, [n, d] what is the own of a group's ``rows`` [n]."""
         found = {}
         for part in chain.parts:
             if isinstance(part, Injected):
                 carry = Carry(resident, mask, part.index)
                 if carry not in self._sums:
                     raise LookupError("the sources of an injection were not read in this pass")
-                found[part.index] = self._sums[carry]
+                found[part.intervention] = self._sums[carry]
+            elif isinstance(part, Restored):
+                found[part.intervention] = resident.restored(part.index, *self._positions(rows))
         return found
+
+    def _positions(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[n] the position of each row, and how long its prompt is."""
+        chosen = rows.cpu().numpy()
+        ends = np.array([owner.row + owner.count for owner in self._owners])
+        whose = np.searchsorted(ends, chosen, side="right")
+        shifts = np.array([owner.start - owner.row for owner in self._owners])
+        lengths = np.array([owner.state.selection.prompt_length for owner in self._owners])
+        return torch.from_numpy(chosen + shifts[whose]), torch.from_numpy(lengths[whose])

@@ -29,7 +29,7 @@ from steersman.kernels.arguments import PADDING
 from steersman.kernels.program import Block, Code, Inject, Program, Source
 from steersman.kernels.reference import Reduce
 from steersman.kernels.tables import NONE, Buffers, Tables, TablesFull, supports
-from steersman.server.engine.chain import Injected
+from steersman.server.engine.chain import Injected, Restored
 from steersman.server.engine.fusion import FusedNorm, NormKernel
 from steersman.server.engine.layout import Run, Work
 from steersman.server.engine.readback import Readback
@@ -138,6 +138,7 @@ class DevicePlans:
             and all(probe.place.site not in sharded for probe in plan.probes)
             and (not plan.injections or (self.injected_rows > 0 and len(plan.injections) <= SLOTS))
             and all(injection.site in CARRIED for injection in plan.injections)
+            and not plan.restorations
             and len(plan.gates) <= GATES
             and all(gate.encode is None for gate in plan.gates)
             and all(probe.encode is None for probe in plan.probes)
@@ -276,7 +277,7 @@ class DevicePlans:
         for place, program in resident.programs(mask).items():
             blocks[place] = program.blocks
         for place, chain in resident.chains(mask).items():
-            blocks[place] = tuple(Inject(b.index, b.gate) if isinstance(b, Injected) else b for b in chain.blocks)
+            blocks[place] = tuple(map(_block, chain.blocks))
         gates, probes = resident.token_gates(mask), resident.readings
         sources: dict[Place, list[Source]] = {}
         begun = set[int]()
@@ -306,6 +307,12 @@ class DevicePlans:
         _stage(entries, self.entries)
         named = np.flatnonzero(entries != NONE)
         self._filled = int(named[-1]) + 1 if len(named) else 0
+
+
+def _block(part: Block | Injected | Restored) -> Block | Inject:
+    if isinstance(part, Restored):
+        raise TypeError("plans that restore are the host's")
+    return Inject(part.index, part.gate) if isinstance(part, Injected) else part
 
 
 def _stage(values: Any, array: Tensor) -> None:

@@ -76,7 +76,7 @@ class Dosage:
                 own = before[mine][chosen.to(x.device)].float()
                 stream = own if residual is None else own + residual[picked].float()
                 theirs = None if gates is None else gates[mine][chosen].to(x.device)
-                carry = {i: total[chosen.to(x.device)] for i, total in group.carry(carried).items()}
+                carry = {i: total[chosen.to(x.device)] for i, total in group.carry(carried, x.device).items()}
                 change, sizes = in_turn(stream, group.program, theirs, reduce, carry, self.limit)
                 x[picked] = (own + change).to(x.dtype)
                 done[chosen + mine.start, : sizes.shape[1]] = sizes.cpu()

@@ -9,12 +9,14 @@ What it makes of pictures has ``prompt_token_ids`` with their places filled in, 
 It takes for granted that this goes to the engine, and sends the same picture but once; with ``skip_mm_cache`` it does
 not.
 ``SamplingParams.extra_args["steering"]`` carries a ticket's key (see ``intake``).
+``engine.renderer.render_messages_async(messages, ChatParams)`` writes a chat by its template, a picture's part
+(``{"type": "image_pil", "image_pil": ..}``) as the model's placeholder; ``tokenize_prompts_async`` makes it token ids.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,16 +46,37 @@ async def expanded(engine: Any, token_ids: Sequence[int], pictures: Sequence[Pic
     return Prompt(list(ready["prompt_token_ids"]), images=prompt_images(features))
 
 
+async def chat(engine: Any, text: str, pictures: Sequence[Picture], template: Mapping[str, Any]) -> list[int]:
+    """The tokens of a user's message, its pictures first, each as the one token or the few that stand for it.
+
+    ``template``: options of the chat template, as ``prompting.template_options`` has them.
+    """
+    from vllm.renderers.params import ChatParams  # moves between versions, and nothing else needs it
+
+    options = {"add_generation_prompt": True, **template, "tokenize": False}
+    params = ChatParams(chat_template=options.pop("chat_template", None), chat_template_kwargs=options)
+    parts: list[Any] = [{"type": "image_pil", "image_pil": Image.fromarray(p)} for p in pictures]
+    messages: list[Any] = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+    renderer = engine.renderer
+    try:
+        _, prompt = await renderer.render_messages_async(messages, params)
+        (found,) = await renderer.tokenize_prompts_async([prompt], renderer.default_chat_tok_params)
+    except (_Client, ValueError, TypeError) as error:
+        raise _untaken(error) from None
+    return list(found["prompt_token_ids"])
+
+
 async def prefill(
     engine: Any, request_id: str, token_ids: Sequence[int], pictures: Sequence[Picture], key: TicketKey
-) -> None:
-    """Computes a prompt, and one token more. Raises InvalidRequest for what the model cannot take."""
+) -> int:
+    """Computes a prompt, and one token more, which it returns. Raises InvalidRequest for what the model cannot take."""
     try:
         output = await _last(engine, await _rendered(engine, token_ids, pictures), 1, request_id, key)
     except (_Client, ValueError, TypeError) as error:
         raise _untaken(error) from None
     if output is None or len(output.outputs[0].token_ids) != 1:
         raise EngineUnsteered("the engine ended the request before its prompt was computed")
+    return int(output.outputs[0].token_ids[0])
 
 
 async def generate(

@@ -21,7 +21,7 @@ from steersman.kernels.cpu_inject import inject
 from steersman.kernels.program import Block, Program
 from steersman.kernels.reference import Reduce, edit
 from steersman.server.engine.carry import Carried, Source
-from steersman.server.engine.chain import Chain, Injected, in_turn
+from steersman.server.engine.chain import Chain, Injected, Own, in_turn
 from steersman.server.engine.resident import Resident
 
 
@@ -48,11 +48,12 @@ class Group:
         """Whether a table takes it."""
         return isinstance(self.program, Program) and not self.program.encodes
 
-    def carry(self, carried: Carried | None) -> dict[int, Tensor]:
-        """[n, d] what the rows carry, by injection."""
+    def carry(self, carried: Carried | None, device: torch.device) -> dict[int, Tensor]:
+        """[n, d] what is the rows' own, by intervention."""
         if carried is None or not isinstance(self.program, Chain):
             return {}
-        return carried.to(self.resident, self.mask, self.program)
+        found = carried.to(self.resident, self.mask, self.program, self.rows)
+        return {intervention: own.to(device) for intervention, own in found.items()}
 
 
 @dataclass
@@ -94,7 +95,7 @@ class Work:
         """[n, max_blocks] the gate of each row's blocks, -1 where there is none."""
         return self.like.gates if self.like else self._by_row(lambda block: block.gate)
 
-    def _by_row(self, value: Callable[[Block | Injected], int]) -> NDArray[np.int64]:
+    def _by_row(self, value: Callable[[Block | Own], int]) -> NDArray[np.int64]:
         out = np.full((self.rows.shape[0], max(len(g.program.blocks) for g in self.groups)), -1)
         for group, mine in self.slices():
             out[mine, : len(group.program.blocks)] = [value(block) for block in group.program.blocks]
@@ -175,7 +176,7 @@ def _edit(
     if not isinstance(group.program, Chain):
         x[rows] = (own + edit(stream, group.program, gates, norms, reduce)).to(x.dtype)
         return
-    change, sizes = in_turn(stream, group.program, gates, reduce, group.carry(carried))
+    change, sizes = in_turn(stream, group.program, gates, reduce, group.carry(carried, x.device))
     x[rows] = torch.where(change == 0, own, own + change).to(x.dtype)  # -0.0 + 0 is +0.0
     if norms is not None and squares is not None:
         norms.copy_(sizes * squares.sqrt()[:, None])
@@ -209,7 +210,7 @@ def _injected(
     if not isinstance(part, Injected):
         return False
     own_gate = None if part.gate < 0 or gates is None else gates[:, part.gate, None]
-    (own,) = group.carry(carried).values()
+    (own,) = group.carry(carried, x.device).values()
     return inject(x, group.rows, own, own_gate, norms, squares)
 
 

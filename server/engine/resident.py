@@ -18,7 +18,7 @@ from torch import Tensor
 
 from steersman.kernels.program import Program, Reading
 from steersman.kernels.reference import Reduce
-from steersman.server.engine.chain import Chain, Injected, chain
+from steersman.server.engine.chain import Chain, Injected, Own, Restored, chain
 from steersman.steering.errors import CapacityExceeded, SteeringError
 from steersman.steering.plan import Place, Plan
 
@@ -104,14 +104,34 @@ class Resident:
         return found
 
     def chains(self, mask: int) -> dict[Place, Chain]:
-        """All that the interventions in ``mask`` do at the places where one of them injects."""
-        found: dict[Place, list[Injected]] = {}
+        """All that the interventions in ``mask`` do at the places where one of them injects or restores."""
+        found: dict[Place, list[Own]] = {}
         for index, injection in enumerate(self.plan.injections):
             if mask >> injection.intervention & 1:
                 for place in injection.written:
                     found.setdefault(place, []).append(Injected(injection.intervention, index, injection.gate))
+        for index, r in enumerate(self.plan.restorations):
+            if mask >> r.intervention & 1:
+                basis = None if r.basis is None else self._own(r.place, r.basis)
+                part = Restored(r.intervention, index, r.gate, r.preserve_norm, basis)
+                found.setdefault(r.place, []).append(part)
         programs = self.programs(mask) if found else {}
-        return {place: chain(programs.get(place), injected) for place, injected in found.items()}
+        return {place: chain(programs.get(place), others) for place, others in found.items()}
+
+    def restored(self, index: int, positions: Tensor, lengths: Tensor) -> Tensor:
+        """[n, d] what the plan's ``index``-th restoration puts at ``positions`` [n] of prompts of ``lengths`` [n]."""
+        restoration = self.plan.restorations[index]
+        table = torch.tensor(restoration.positions)
+        matches = torch.where(table < 0, lengths[:, None] + table, table) == positions[:, None]  # [n, rows]
+        if not bool(matches.any(1).all()):
+            raise LookupError("a token that is to be restored has no row")
+        chosen = len(table) - 1 - matches.int().flip(1).argmax(1)  # the last one, as of interventions in order
+        return self._own(restoration.place, restoration.rows)[chosen]
+
+    def _own(self, place: Place, rows: Tensor) -> Tensor:
+        """The coordinates that this rank holds."""
+        shard = self.shards.get(place)
+        return rows if shard is None else rows[:, shard.start : shard.stop]
 
     def sources(self, mask: int) -> Iterator[tuple[Place, int, float]]:
         """(place, injection, weight) of all that is read for the injections of the interventions in ``mask``."""

@@ -258,6 +258,7 @@ class Runtime:
             self.wanted = self.device.places.union(self.wanted) if self.wanted else self.device.places
         if sampled and self.monitor is not None:
             self.wanted = self.monitor.places.union(self.wanted)
+        self._carried = Carried(self._owners)
         self._captures = Captures(self._owners)
         if self._captures.places:
             self.wanted = self._captures.places.union(self.wanted)

@@ -5,7 +5,8 @@ come from the logits that the model computes after a pass, one row for each requ
 speculates there are others, and they are unknown. A signal that is not known of every generated token is not told.
 
 What travels with a request, ``wanted``: by the signal's name, what it takes. ``answer_entropy``: nothing;
-``evidence_entropy``: the hedging tokens' ids; a norm: its layer; a probe's: the column among the plan's reads.
+``evidence_entropy``: the hedging tokens' ids; a logprob: its token's id; a norm: its layer; a probe's: the column among
+the plan's reads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steersman.kernels.statistics import entropies, mass_entropies, norms
+from steersman.kernels.statistics import entropies, logprobs, mass_entropies, norms
 from steersman.server.engine.traces import Trace, Values, plain
 from steersman.steering.plan import Place
 from steersman.steering.signals import parse_signal, summary
@@ -36,6 +37,7 @@ class Signals:
         self._probes: dict[int, str] = {}
         self.norms: dict[Place, str] = {}
         self.hedges: tuple[int, ...] | None = None
+        self.tokens: dict[str, int] = {}  # ids whose logprobs are told
         for name, argument in wanted.items():
             kind = parse_signal(name).kind
             if kind == "norm":
@@ -44,11 +46,13 @@ class Signals:
                 self._probes[int(argument)] = name
             elif kind == "evidence_entropy":
                 self.hedges = tuple(argument)
+            elif kind == "logprob":
+                self.tokens[name] = int(argument)
         self.answer = "answer_entropy" in wanted
 
     @property
     def of_logits(self) -> bool:
-        return self.answer or self.hedges is not None
+        return self.answer or self.hedges is not None or bool(self.tokens)
 
     def see(self, name: str, start: int, values: Values) -> None:
         """Values [n] at the positions from ``start``; those of the prompt are left out."""
@@ -158,6 +162,11 @@ class Logits:
             _give(answer, "answer_entropy", entropies(logits[[t.row for t in answer]]))
         for ids, tokens in hedged.items():
             _give(tokens, "evidence_entropy", mass_entropies(logits[[t.row for t in tokens]], ids))
+        for token in self.tokens:
+            if names := token.signals.tokens:
+                found = logprobs(logits[token.row, None], list(names.values()))[0].cpu().numpy()
+                for name, value in zip(names, found, strict=True):
+                    token.signals.see_next(name, token.position, float(value))
 
 
 def next_tokens(batch: Sequence[Any], readers: Iterable[Reader]) -> Logits | None:

@@ -1,7 +1,8 @@
 """What travels with a request from the HTTP process to the engine: ``sampling_params.extra_args["steersman"]``.
 
 ``{"plan": id, "edits": id, "key": report key, "selection": Selection.to_json(), "decides": bool, "whole": bool}``:
-``decides``, whether a gate decides once for the whole request; ``whole``, whether its report tells of every token.
+``decides``, whether a gate decides once for the whole request, or a restoration counts from the prompt's end;
+``whole``, whether its report tells of every token.
 ``capture``, where it is there, says what of the prompt is captured (:class:`~steersman.server.engine.captures.Wanted`).
 ``signals``, where they are there, are asked for as :mod:`~steersman.server.engine.signals` says.
 The plan itself goes to the workers once, by RPC, before
@@ -39,7 +40,7 @@ def make_args(
         "edits": plan.edits_id,
         "key": key,
         "selection": selection.to_json(),
-        "decides": any(g.per_request for g in plan.gates),
+        "decides": plan.from_end or any(g.per_request for g in plan.gates),
         "whole": whole,
     }
     if signals:

@@ -11,20 +11,21 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import Response
 from pydantic import Field, TypeAdapter, ValidationError
 
-from steersman.server import captures, extraction
+from steersman.server import ablation, captures, extraction, tracing
 from steersman.server.access import admin
 from steersman.server.answers import Json
 from steersman.server.calibration import CalibrateSpec, calibration
 from steersman.server.extraction_spec import ExtractSpec
 from steersman.server.jobs import Progress, Work
 from steersman.server.selection import SelectSpec, selection
-from steersman.server.state import state_of
+from steersman.server.state import SteeringState, state_of
+from steersman.server.tracing_spec import AblateSpec, TraceSpec
 from steersman.steering import errors
 from steersman.steering.spec import json_path
 
-AnyJob = ExtractSpec | CalibrateSpec | SelectSpec
-JobSpec = Annotated[AnyJob, Field(discriminator="kind")]
-_JOBS: TypeAdapter[AnyJob] = TypeAdapter(JobSpec)
+Spec = ExtractSpec | CalibrateSpec | SelectSpec | TraceSpec | AblateSpec
+JobSpec = Annotated[Spec, Field(discriminator="kind")]
+_JOBS: TypeAdapter[Spec] = TypeAdapter(JobSpec)
 _BODY = {"requestBody": {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/SteeringJob"}}}}}
 router = APIRouter(prefix="/v1/steering/jobs")
 
@@ -37,6 +38,12 @@ async def submit(raw: Request) -> Response:
     if isinstance(spec, ExtractSpec):
         extraction.checked_layers(spec, state)
         work = _extraction(spec, raw)
+    elif isinstance(spec, TraceSpec):
+        tracing.check(spec, state)
+        work = _tracing(spec, state)
+    elif isinstance(spec, AblateSpec):
+        ablation.units(spec, state)
+        work = _ablation(spec, state)
     elif isinstance(spec, CalibrateSpec):
         work = await asyncio.to_thread(calibration, spec, raw)
     else:
@@ -73,7 +80,7 @@ def describe(schemas: dict[str, Any]) -> None:
     schemas["SteeringJob"] = whole
 
 
-def parse(body: bytes) -> AnyJob:
+def parse(body: bytes) -> Spec:
     """The job that a body asks for; raises a SteeringError that names the bad field."""
     try:
         data = json.loads(body)
@@ -91,7 +98,7 @@ def _explain(error: ValidationError, data: Mapping[str, Any]) -> errors.Steering
     """The complaint that lies deepest in the data: a union complains once for each of its members."""
     found = error.errors(include_url=False, include_context=False)
     if not found[0]["loc"]:
-        return errors.InvalidRequest("must be one of extract, calibrate, select", "kind")
+        return errors.InvalidRequest("must be one of extract, calibrate, select, trace, ablate", "kind")
     kinds = [(e, "" if e["type"].startswith("union_tag") else e["type"]) for e in found]
     path, first = max(
         ((json_path("", data, e["loc"][1:], kind), e) for e, kind in kinds), key=lambda each: len(each[0])
@@ -107,5 +114,19 @@ def _extraction(spec: ExtractSpec, raw: Request) -> Work:
 
     async def work(progress: Progress) -> Mapping[str, Any]:
         return await extraction.run(spec, state, captures.capture, progress)
+
+    return work
+
+
+def _tracing(spec: TraceSpec, state: SteeringState) -> Work:
+    async def work(progress: Progress) -> Mapping[str, Any]:
+        return await tracing.trace(spec, state, progress)
+
+    return work
+
+
+def _ablation(spec: AblateSpec, state: SteeringState) -> Work:
+    async def work(progress: Progress) -> Mapping[str, Any]:
+        return await ablation.ablate(spec, state, progress)
 
     return work

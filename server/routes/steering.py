@@ -89,6 +89,7 @@ def attach(app: FastAPI) -> None:
 def _describe(plan: Plan) -> dict[str, Any]:
     rows = sum(block.count for blocks in plan.blocks.values() for block in blocks)
     rows += sum(len(injection.targets) for injection in plan.injections)
+    rows += sum(len(restoration.rows) for restoration in plan.restorations)
     return {
         "plan": plan.id,
         "interventions": [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from steersman.clients import arrays
+from steersman.clients.jobs import follow
 from steersman.clients.robot import HttpRobot, SocketRobot
 from steersman.clients.sdk import Steersman, SteersmanError
 from steersman.clients.simulators import study, watchdog
@@ -38,6 +40,7 @@ from tests.models.tiny_llava import (
     without_torchvision,
 )
 from tests.models.tiny_llava import IMAGE as IMAGE_TOKEN
+from tests.oracle.tracing import probabilities
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -55,6 +58,13 @@ def steering(tokens: Any, value: float = VALUE) -> dict[str, Any]:
 
 def scene(seed: int, height: int = SIZE, width: int = SIZE) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def png(picture: Any) -> str:
+    """As a file in base64."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 class Oracle:
@@ -401,3 +411,65 @@ def test_captures_of_observations(server: Server, oracle: Oracle) -> None:
     for layer in found.about["sites"]["resid_pre"]:
         rows = torch.from_numpy(found.rows("resid_pre", layer, 0).copy())
         torch.testing.assert_close(rows, out.hidden_states[layer][0], rtol=1e-4, atol=1e-3)
+
+
+TRACED = (  # a question, the name of its object, and a box that shows it, of a picture 28 × 28 with patches of 14
+    ("what is the red block on the table", "red block", [15, 2, 27, 12], ([0], [1], [2, 3])),
+    ("is there a gripper", "gripper", [1, 1, 9, 27], ([], [0, 2], [1, 3])),
+)
+
+
+@pytest.mark.parametrize(("text", "named", "box", "parts"), TRACED)
+def test_recovery_rates_are_hugging_faces(
+    server: Server, oracle: Oracle, text: str, named: str, box: list[int], parts: tuple[list[int], ...]
+) -> None:
+    """Every component, layer and group, with the noise of the picture made on the server."""
+    picture, sigma, seed = scene(len(text)), 60.0, 3
+    plain = oracle.tokenizer.apply_chat_template(
+        [{"role": "user", "content": f"<image>\n{text}"}], tokenize=False, add_generation_prompt=True
+    )
+    before, after = plain.split("<image>")
+    first = oracle.tokenizer.encode(before, add_special_tokens=False)
+    rest = oracle.tokenizer.encode(after, add_special_tokens=False)
+    ids = [*first, *[IMAGE_TOKEN] * PATCHES, *rest]
+    words = len(first) + PATCHES
+    pieces = [oracle.tokenizer.decode(rest[: i + 1]) for i in range(len(rest))]
+    start = after.index(named)
+    inside = [
+        words + i
+        for i in range(len(rest))
+        if len(pieces[i]) > start and (len(pieces[i - 1]) if i else 0) < start + len(named)
+    ]
+    groups = {
+        **{f"{name}_visual": [len(first) + p for p in part]
+           for name, part in zip(("early", "object", "late"), parts, strict=True)},
+        "early_text": [*range(words, inside[0])], "object_text": inside,
+        "late_text": [*range(inside[-1] + 1, len(ids) - 1)], "last": [len(ids) - 1],
+    }  # fmt: skip
+    groups = {name: positions for name, positions in groups.items() if positions}
+    noise = np.random.default_rng([seed, zlib.crc32(picture.tobytes())]).normal(0, sigma, picture.shape)
+    noisy = np.clip(np.round(picture + noise), 0, 255).astype(np.uint8)
+    assert (noisy != picture).mean() > 0.9
+    clean, bad = (oracle.images(Image.fromarray(p), return_tensors="pt")["pixel_values"] for p in (picture, noisy))
+    with torch.no_grad():
+        out = [
+            oracle.model(input_ids=torch.tensor([ids]), pixel_values=p).logits[0, -1].softmax(-1) for p in (clean, bad)
+        ]
+    answer = int((out[0] - out[1]).argmax())
+    wanted = probabilities(oracle.model, ids, clean, bad, answer, groups)
+    asked = {"image": png(picture), "text": text, "object": named, "box": box, "answer": answer}
+    with Steersman(server.url, api_key="key") as client:
+        result = follow(client, {"kind": "trace", "questions": [asked], "sigma": sigma, "seed": seed}, every=0.1)
+        assert client.kept_captures() == []
+    (found,) = result["questions"]
+    assert found["groups"] == {name: len(positions) for name, positions in groups.items()}
+    print(wanted[0], wanted[1], answer)
+    assert (found["clean"], found["corrupted"]) == pytest.approx(wanted[:2], abs=1e-3)
+    worst = 0.0
+    for part, by_group in wanted[2].items():
+        assert set(found["patched"][part]) == set(by_group)
+        for group, row in by_group.items():
+            worst = max(worst, *(abs(a - b) for a, b in zip(row, found["patched"][part][group], strict=True)))
+            print(part, group, row, found["patched"][part][group])
+            assert found["patched"][part][group] == pytest.approx(row, abs=1e-3)
+    print("worst", worst)

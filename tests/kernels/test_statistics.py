@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steersman.kernels import statistics
-from steersman.kernels.statistics import Histograms, KeyedHistograms, cosines, entropies, norms, stream_of
+from steersman.kernels.statistics import Histograms, KeyedHistograms, cosines, entropies, logprobs, norms, stream_of
 
 BOUNDS = (-1.0, 0.0, 0.5, 2.0)
 NUMBERS = st.floats(-10, 10, width=32) | st.sampled_from([*BOUNDS, math.nan, math.inf, -math.inf])
@@ -76,6 +76,14 @@ def test_streams_norms_and_cosines(dtype: torch.dtype) -> None:
     np.testing.assert_allclose(found, (a * b).sum(1) / (lengths[0] * lengths[1]), rtol=1e-5, atol=1e-6)
     other += 1  # a layer may write into what it was given
     np.testing.assert_array_equal(before.numpy(), b.astype(np.float32))
+
+
+def test_logprobs_of_tokens_and_of_what_the_vocabulary_lacks() -> None:
+    logits = torch.tensor([[0.0, 1.0, -50.0], [4.0, 4.0, 4.0]])
+    want = logits.double().log_softmax(-1)[:, [2, 0]].numpy()
+    found = logprobs(logits, [2, 0, 3, 10**9]).numpy()
+    np.testing.assert_allclose(found[:, :2], want, rtol=1e-6)
+    assert (found[:, 2:] == -math.inf).all()
 
 
 def test_entropies() -> None:

@@ -37,7 +37,7 @@ def test_rows_come_back_one_by_one(tmp_path: Path, reduce: Reduction) -> None:
     for i, prompt in enumerate(given.prompts):
         for place, rows in prompt.rows.items():
             for j, row in enumerate(np.atleast_2d(rows)):
-                assert np.array_equal(opened.row(place, i, j), row)
+                assert np.array_equal(opened.rows(place, i, [j])[0], row)
     assert opened.about["sites"] == {"mlp_post": [0], "resid_post": [2]}
 
 

@@ -24,10 +24,12 @@ from steersman.server.engine.wire import args_of
 from steersman.server.engine.worker import WorkerSteering
 from tests.server.engine.toy import Piece, Toy
 from tests.server.fakes import client, frontend
-from tests.steering.library import LAYERS
+from tests.steering.library import LAYERS, D, noise
 
 VOCABULARY = 64  # of the toy model
 IMAGE, PATCHES = 63, 4
+HEAD = noise(VOCABULARY, D, seed=11) / 2  # from the stream to logits
+HEAD[:, 0] = 0  # a token's id is no direction
 
 
 class Tokenizer:
@@ -114,10 +116,10 @@ class ToyEngine:
             return SimpleNamespace(prompt_token_ids=ids, mm_features=None, sampling_params=params.clone())
 
         request = intake._wrap_process_inputs(original)(None)
-        assert request.sampling_params.skip_reading_prefix_cache
         args = args_of(request.sampling_params)
         assert args is not None
         ticket = self.frontend.tickets[args["key"]]
+        assert request.sampling_params.skip_reading_prefix_cache or ticket.capture is None
         ticket.sequences[request_id] = Generated(request_id, 0, lambda: len(ids), lambda: Answer([], []))
         self.running += 1
         self.begun += 1
@@ -128,11 +130,13 @@ class ToyEngine:
                 await asyncio.sleep(0)
                 if self.wait is not None:
                     await self.wait.wait()
-                self.toy.run(Piece("somebody else", 0, [7, 8]), Piece(request_id, at, ids[at : at + self.chunk]))
+                out = self.toy.run(Piece("somebody else", 0, [7, 8]), Piece(request_id, at, ids[at : at + self.chunk]))
+                logits = torch.stack([rows[-1] for rows in out.values()]) @ HEAD.T
+                self.runtime.see_logits(logits)
         finally:
             self.runtime.remove_request(request_id)
             self.running -= 1
-        yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1])], prompt_token_ids=ids)
+        yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[int(logits[1].argmax())])], prompt_token_ids=ids)
 
     def idle(self) -> bool:
         """Nothing is left of any request: no ticket, no rows on the workers, no room taken."""

@@ -11,6 +11,7 @@ from steersman.steering.signals import Signal, features_of, parse_feature, parse
         ("answer_entropy", Signal("answer_entropy")),
         ("norm:12", Signal("norm", 12)),
         ("probe:v1.2-x:0", Signal("probe", 0, "v1.2-x")),
+        ("logprob:31999", Signal("logprob", token=31999)),
         ("conflict", Signal("conflict")),
     ],
 )
@@ -20,7 +21,20 @@ def test_names(name: str, signal: Signal) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "entropy", "norm", "norm:", "norm:-1", "norm:x", "probe:v", "probe:v@1:3", "norm:1 "]
+    "name",
+    [
+        "",
+        "entropy",
+        "norm",
+        "norm:",
+        "norm:-1",
+        "norm:x",
+        "probe:v",
+        "probe:v@1:3",
+        "norm:1 ",
+        "logprob:-1",
+        "logprob:yes",
+    ],
 )
 def test_what_is_no_signal(name: str) -> None:
     with pytest.raises(ValueError, match="is no signal"):

@@ -22,7 +22,8 @@ IDS = [*PROMPT, 6, 5, 12, 1]
 VOCABULARY = 50
 NORM = f"norm:{LAYERS - 1}"  # of the stream that the toy returns
 HEDGES = [3, 17, 40]
-ALL: dict[str, Any] = {"answer_entropy": None, "evidence_entropy": HEDGES, NORM: LAYERS - 1, "probe:v:2": 0}
+TOKENS = {"logprob:7": 7, "logprob:49": 49}
+ALL: dict[str, Any] = {"answer_entropy": None, "evidence_entropy": HEDGES, **TOKENS, NORM: LAYERS - 1, "probe:v:2": 0}
 
 
 def steered() -> Plan:
@@ -43,7 +44,8 @@ def entropy(p: np.ndarray) -> float:
 def by_hand(logits: Tensor) -> dict[str, float]:
     p = logits.double().softmax(-1).numpy()
     mass = p[HEDGES].sum()
-    return {"answer_entropy": entropy(p), "evidence_entropy": entropy(np.array([mass, 1 - mass]))}
+    logprobs = {name: float(np.log(p[token])) for name, token in TOKENS.items()}
+    return {"answer_entropy": entropy(p), "evidence_entropy": entropy(np.array([mass, 1 - mass])), **logprobs}
 
 
 def check(told: Mapping[str, Any], name: str, values: Sequence[float]) -> None:

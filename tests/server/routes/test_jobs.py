@@ -20,6 +20,9 @@ JOBS = "/v1/steering/jobs"
 EXTRACT = {"kind": "extract", "name": "serene", "layers": [1], "positive": ["hush"], "negative": ["crash"]}
 SCORER = {"by": "lexicon", "name": "french"}
 CALIBRATE = {"kind": "calibrate", "vector": "french", "prompts": ["a", "b"], "scorer": SCORER}
+ASKED = {"prompt": "a", "answer": "b"}
+TRACE = {"kind": "trace", "questions": [{**ASKED, "object": "a"}]}
+ABLATE = {"kind": "ablate", "units": "heads", "questions": [ASKED]}
 KEY = {"x-admin-key": "secret"}
 
 
@@ -116,21 +119,33 @@ def test_unknown_jobs(http: TestClient) -> None:
         ({**CALIBRATE, "scorer": {**SCORER, "x": 1}}, 400, "scorer.x", "unknown_field"),
         ({**CALIBRATE, "seeds": 1}, 400, "seeds", "invalid_steering"),
         ({**CALIBRATE, "max_damage": "much"}, 400, "max_damage", "invalid_steering"),
+        ({**TRACE, "questions": []}, 400, "questions", "invalid_steering"),
+        ({**TRACE, "questions": [{**ASKED, "text": "c"}]}, 400, "questions[0]", "invalid_steering"),
+        ({**TRACE, "questions": [{**ASKED, "box": [0, 0, 1, 1]}]}, 400, "questions[0]", "invalid_steering"),
+        ({**TRACE, "questions": [{**ASKED, "colour": 1}]}, 400, "questions[0].colour", "unknown_field"),
+        ({**TRACE, "questions": [ASKED]}, 400, None, "invalid_steering"),
+        ({**TRACE, "layers": [99]}, 400, "layers", "layer_out_of_range"),
+        ({**TRACE, "components": ["heads"]}, 400, "components[0]", "invalid_steering"),
+        ({**TRACE, "sigma": -1}, 400, "sigma", "invalid_steering"),
+        ({**ABLATE, "units": "neurons"}, 400, None, "invalid_steering"),
+        ({**ABLATE, "units": "neurons", "neurons": [[0, 99]]}, 400, "neurons", "invalid_steering"),
+        ({**ABLATE, "neurons": [[0, 1]]}, 400, None, "invalid_steering"),
     ],
 )
-def test_bad_jobs_are_refused_at_once(http: TestClient, body: Any, status: int, param: str, code: str) -> None:
+def test_bad_jobs_are_refused_at_once(http: TestClient, body: Any, status: int, param: str | None, code: str) -> None:
     answer = http.post(JOBS, content=body if isinstance(body, bytes) else json.dumps(body), headers=KEY)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (status, param, code), error
     assert http.get(JOBS).json()["data"] == []
 
 
-def test_the_schema_tells_of_both_kinds(http: TestClient) -> None:
+def test_the_schema_tells_of_every_kind(http: TestClient) -> None:
     found = http.get("/openapi.json").json()
     schemas = found["components"]["schemas"]
     body = found["paths"][JOBS]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body == {"$ref": "#/components/schemas/SteeringJob"}
-    assert set(schemas["SteeringJob"]["discriminator"]["mapping"]) == {"extract", "calibrate", "select"}
+    kinds = {"extract", "calibrate", "select", "trace", "ablate"}
+    assert set(schemas["SteeringJob"]["discriminator"]["mapping"]) == kinds
     assert "pairs" in schemas["SteeringJobExtractSpec"]["properties"]
     for ref in re.findall(r"#/components/schemas/([^\"]+)", json.dumps(found)):
         assert ref in schemas, ref
