@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 from steersman.clients.simulators.episode import Episode, Limits, run
 from steersman.clients.simulators.simulator import Simulator
@@ -39,21 +40,22 @@ class Fleet:
     deadline: float  # seconds, for an answer
 
     def run(self, orders: Sequence[Order], seconds: float = float("inf")) -> Iterator[tuple[Order, Episode]]:
-        """Episodes as they are done, begun in the order given; after ``seconds`` only those next in line are begun.
+        """Episodes as they are done, begun in the order given; after ``seconds`` only those next in line are done.
 
         Raises what one raises.
         """
         end = time.monotonic() + seconds
         context = multiprocessing.get_context("spawn")  # a simulator's pictures do not survive a fork
+        waiting = iter(orders)
         with ProcessPoolExecutor(self.robots, context, _start, (self.make,)) as pool:
-            running = {pool.submit(_episode, self, order): order for order in orders}
+            running = {pool.submit(_episode, self, order): order for order in islice(waiting, 2 * self.robots)}
             try:
-                for future in as_completed(running):
-                    if not future.cancelled():
-                        yield running[future], future.result()
-                    if time.monotonic() >= end:
-                        for waiting in running:
-                            waiting.cancel()
+                while running:
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in [f for f in running if f in done]:
+                        yield running.pop(future), future.result()
+                    more = 2 * self.robots - len(running) if time.monotonic() < end else 0
+                    running |= {pool.submit(_episode, self, order): order for order in islice(waiting, more)}
             finally:
                 pool.shutdown(cancel_futures=True)
 
