@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from html import escape
+from pathlib import PurePath
 from typing import Any
 
 from steersman.clients import pictures
@@ -42,13 +44,15 @@ def png(result: Mapping[str, Any]) -> bytes:
     every = [n for norms in (*result["norms"].values(), result["read_norms"]) for n in norms]
     if min(every) > 0 and max(every) > WIDE * min(every):
         length.set_yscale("log")
+        length.yaxis.set_major_formatter("{x:g}")
+        length.yaxis.set_minor_formatter("{x:g}")
     length.set(xlabel="layer", ylabel="norm", title="length of the direction")
     length.legend(fontsize=8, frameon=False)
     for axes in (share, apart, length):
         axes.xaxis.get_major_locator().set_params(integer=True)
     examples = result["examples"]
     figure.suptitle(
-        f"{result['method']} at {result['site']} of {result['model']}: {examples['positive']} and "
+        f"{result['method']} at {result['site']} of {_model(result)}: {examples['positive']} and "
         f"{examples['negative']} examples, {count}",
         fontsize=10,
     )
@@ -59,7 +63,7 @@ def html(result: Mapping[str, Any]) -> str:
     """Self-contained; raises what `png` does."""
     examples, told = result["examples"], result["held_out"]
     about = (
-        f"{escape(result['method'])} at {escape(result['site'])} of {escape(result['model'])}, read at token "
+        f"{escape(result['method'])} at {escape(result['site'])} of {escape(_model(result))}, read at token "
         f"{escape(str(result['token']))} of {examples['positive']} positive, {examples['negative']} negative examples"
     )
     head = ["layer", *(MEASURES.values() if told else ()), *map(escape, result["norms"]), "what was read"]
@@ -84,6 +88,13 @@ def html(result: Mapping[str, Any]) -> str:
 
 
 def best_layer(result: Mapping[str, Any]) -> tuple[int, float]:
-    """The first layer of the greatest area under the curve, and that."""
-    auc = result["held_out"]["auc"]
-    return result["layers"][auc.index(max(auc))], max(auc)
+    """The layer of the greatest area under the curve, of equal ones that of the greatest d′; and that area."""
+    told = result["held_out"]
+    apart = [-math.inf if d is None else d for d in told["d_prime"]]
+    auc, _, layer = max(zip(told["auc"], apart, result["layers"], strict=True), key=lambda each: each[:2])
+    return layer, auc
+
+
+def _model(result: Mapping[str, Any]) -> str:
+    """Its name; of a folder the last part."""
+    return str(PurePath(result["model"]).name if result["model"].startswith("/") else result["model"])

@@ -41,6 +41,9 @@ def test_a_page_of_its_own(result: dict[str, Any]) -> None:
     assert "&lt;m&gt;" in page
     assert "<m>" not in page
     assert best_layer(result) == (5, 1.0)
+    result["held_out"]["d_prime"] = [-0.2, 3.25, 4.0]
+    assert best_layer(result) == (9, 1.0)
+    assert "/home" not in html({**result, "model": "/home/someone/models/tiny"})
     (best,) = re.findall(r"<tr class=best>(.*)</tr>", page)
     assert re.findall(r">([^<]*)</td>", best) == ["5", "0.875", "1", "3.25", "2.5", "60"]
     (last,) = re.findall(r"<tr>(<td class=\"n\">9<.*)</tr>", page)
