@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 MEASURE_EVERY = 32  # steps between measurements of how large the edits are
 KEPT_REPORTS = 4096
+KEPT_LAYOUTS = 16
 
 
 Layout = dict[Place, Work]
@@ -56,6 +57,7 @@ class Runtime:
         self.reduce = reduce
         self.shards: dict[Place, Shard] = {}
         self.plans = ResidentPlans(capacity, limit, self.shards)
+        self.plans.on_drop = self._dropped
         self.device: DevicePlans | None = None
         self.monitor: Monitor | None = None
         self.dosage: Dosage | None = None  # to be set before any request is added
@@ -66,6 +68,7 @@ class Runtime:
         self._layout: Layout = {}
         self._layout_key: object = None
         self._layouts: Layout = {}
+        self._recent: OrderedDict[tuple[Run, ...], Layout] = OrderedDict()
         self._carried = Carried()
         self._reads: frozenset[Place] = frozenset()  # places that are read by gates or probes in this step
         self.wanted: Container[Place] = ()  # places that are edited or read in this step
@@ -89,7 +92,6 @@ class Runtime:
     def use_device(self, device: DevicePlans) -> None:
         """Plans that ``device`` takes are run there from now on."""
         self.device = device
-        self.plans.on_drop = device.drop
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -209,7 +211,7 @@ class Runtime:
             key = self._lay_out_on(self.device, key, replayed)
         if key != self._layout_key:
             self._layout_key = key
-            self._layouts = self._lay_out(key)
+            self._layouts = self._recent_layout(key)
         self._layout = self._layouts
         self._reads = frozenset().union(*(o.state.resident.reads for o in self._owners if o.state.resident))
         self.wanted = self._reads.union(self._layout) if self._reads else self._layout
@@ -294,6 +296,24 @@ class Runtime:
 
     def _not_captured(self, owner: Owner, error: Exception) -> None:
         fail([owner.state], f"capturing activations failed: {error}")
+
+    def _recent_layout(self, key: Sequence[Run]) -> Layout:
+        """What was laid out for the same rows of the same plans lately, as a robot's observations have them again."""
+        found = self._recent.pop(tuple(key), None)
+        if found is None:
+            found = self._lay_out(key)
+        if self._layout_key is not None:  # else it lacks something
+            self._recent[tuple(key)] = found
+            if len(self._recent) > KEPT_LAYOUTS:
+                self._recent.popitem(last=False)
+        return found
+
+    def _dropped(self, resident: Resident) -> None:
+        """A plan is given up, so that nothing of it may be kept."""
+        for key in [key for key in self._recent if any(run.resident is resident for run in key)]:
+            del self._recent[key]
+        if self.device is not None:
+            self.device.drop(resident)
 
     def _lay_out(self, key: Sequence[Run]) -> Layout:
         """What is to be done at each place, rows of the same plan and mask together."""
