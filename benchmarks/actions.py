@@ -1,6 +1,6 @@
 """How long a robot waits for its actions: one robot and sixteen at once, steered and not, through the real server.
 
-    python -m benchmarks.actions [--model models/reach-v3] [--pairs 5] [--actions 100]
+    python -m benchmarks.actions [--model models/reach-v3] [--pairs 15] [--actions 40]
 
 Every run of steered robots is next to one of unsteered robots, in alternating order, on the same server; what counts
 is the ratio within each pair. Each robot has a WebSocket of its own (openpi's protocol) and sends observations that
@@ -68,9 +68,9 @@ def observations(robot: int, about: Mapping[str, Any]) -> Iterator[dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "models" / "reach-v3")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument(
-        "--actions", type=int, default=100, help="answers of each robot in a run, and twice for one alone"
+        "--actions", type=int, default=40, help="answers of each robot in a run, and twice for one alone"
     )
     parser.add_argument("--name", default="actions", help="of the result file")
     args = parser.parse_args()

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 MEASURE_EVERY = 32  # steps between measurements of how large the edits are
 KEPT_REPORTS = 4096
+KEPT_LAYOUTS = 16
 
 
 Layout = dict[Place, Work]
@@ -58,6 +59,7 @@ class Runtime:
         self.reduce = reduce
         self.shards: dict[Place, Shard] = {}
         self.plans = ResidentPlans(capacity, limit, self.shards)
+        self.plans.on_drop = self._dropped
         self.device: DevicePlans | None = None
         self.monitor: Monitor | None = None
         self.fusion = Fusion()
@@ -70,6 +72,7 @@ class Runtime:
         self._layout: Layout = {}
         self._layout_key: object = None
         self._layouts: Layout = {}
+        self._recent: OrderedDict[tuple[Run, ...], Layout] = OrderedDict()
         self._carried = Carried()
         self._reads: frozenset[Place] = frozenset()  # places that are read by gates or probes in this step
         self.wanted: Collection[Place] = ()  # places that are edited or read in this step
@@ -97,7 +100,6 @@ class Runtime:
     def use_device(self, device: DevicePlans) -> None:
         """Plans that ``device`` takes are run there from now on."""
         self.device = device
-        self.plans.on_drop = device.drop
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -248,7 +250,7 @@ class Runtime:
             key = ([] if replayed else key) + self._lay_out_on(self.device, on_device, opened, replayed)
         if key != self._layout_key:
             self._layout_key = key
-            self._layouts = self._lay_out(key)
+            self._layouts = self._recent_layout(key)
         self._layout = self._layouts
         self._reads = frozenset().union(
             *(o.state.resident.reads for o in self._owners if o.state.resident and not o.on_device)
@@ -408,6 +410,24 @@ class Runtime:
 
     def _not_captured(self, owner: Owner, error: Exception) -> None:
         fail([owner.state], f"capturing activations failed: {error}")
+
+    def _recent_layout(self, key: Sequence[Run]) -> Layout:
+        """What was laid out for the same rows of the same plans lately, as a robot's observations have them again."""
+        found = self._recent.pop(tuple(key), None)
+        if found is None:
+            found = self._lay_out(key)
+        if self._layout_key is not None:  # else it lacks something
+            self._recent[tuple(key)] = found
+            if len(self._recent) > KEPT_LAYOUTS:
+                self._recent.popitem(last=False)
+        return found
+
+    def _dropped(self, resident: Resident) -> None:
+        """A plan is given up, so that nothing of it may be kept."""
+        for key in [key for key in self._recent if any(run.resident is resident for run in key)]:
+            del self._recent[key]
+        if self.device is not None:
+            self.device.drop(resident)
 
     def _lay_out(self, key: Sequence[Run]) -> Layout:
         """What is to be done at each place, rows of the same plan and mask together."""

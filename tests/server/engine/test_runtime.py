@@ -1,5 +1,7 @@
 """The runtime by itself: which rows get which edits, whatever the batch looks like."""
 
+import gc
+import weakref
 from itertools import pairwise
 from typing import Any
 
@@ -298,3 +300,38 @@ def test_a_piece_of_no_rows_is_left_out() -> None:
     toy.add("r", plan("add"), PROMPT)
     toy.run(Piece("r", 0, []), Piece("plain", 0, PROMPT))
     assert report(toy.runtime, "r")["error"] is None
+
+
+# -- layouts that are kept --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_like_the_last_ones_are_laid_out_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A robot's observations come as the same rows of the same plan, a prompt and then token by token."""
+    runtime = Runtime()
+    toy, laid_out, lay_out = Toy(runtime), [], runtime._lay_out
+    monkeypatch.setattr(runtime, "_lay_out", lambda key: laid_out.append(key) or lay_out(key))
+    for i, its_ids in enumerate((IDS, IDS, [*PROMPT, 1, 2, 3, 4, 5, 6, 7, 8])):
+        toy.add(f"r{i}", plan(kind), PROMPT)
+        out = toy.complete(f"r{i}", its_ids, P)
+        assert torch.equal(bits(out), bits(alone(plan(kind), its_ids, P)))
+        assert not report(runtime, f"r{i}")["error"]
+        runtime.remove_request(f"r{i}")
+        if i == 0:
+            first = len(laid_out)
+    assert 0 < first <= len(IDS)
+    assert len(laid_out) == first
+
+
+def test_nothing_is_kept_of_a_plan_that_is_given_up() -> None:
+    runtime = Runtime(limit=1)
+    toy = Toy(runtime)
+    toy.add("r", plan("add"), PROMPT)
+    toy.run(Piece("r", 0, PROMPT))
+    gone = weakref.ref(runtime.requests["r"].resident)
+    runtime.plans.release([plan("add").id], "http")
+    runtime.remove_request("r")
+    toy.add("next", plan("reads"), PROMPT)
+    toy.run(Piece("next", 0, PROMPT))
+    gc.collect()
+    assert gone() is None
