@@ -44,7 +44,7 @@ MODEL = Path(__file__).parents[1] / "models" / "scenes"
 NAME = "scenes"
 LAMBDA_A, LAMBDA_M = 0.26, 0.16  # the paper's for LLaVA-1.5-7B
 LEAST = 0.2  # what the noise must take from an answer's probability: rates are quotients by it
-SCALES = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0)  # of both strengths, among which one is chosen
+SCALES = (0.5, 1.0, 2.0, 3.0, 4.0)  # of both strengths, among which one is chosen
 CAPTION_TOKENS = 32
 TIMED_TOKENS = 32
 OPTIONS = [
@@ -89,6 +89,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, server: Steersman, tmp: Path, numbers: Sequence[int]) -> dict[str, Any]:
     table = trace(server, tmp / "traced")
+    console.print(f"traced: {table.used} of {table.questions} questions are used")
     made = recipe(table, LAMBDA_A, LAMBDA_M)
     tuned = tune(server, Asked.read(tmp / "tuned"), made)
     scale = max(tuned, key=lambda each: (tuned[each], -each))
@@ -98,6 +99,7 @@ def measure(args: argparse.Namespace, server: Steersman, tmp: Path, numbers: Seq
     conditions |= {f"random-{i}": steering(each, scale) for i, each in enumerate(randoms)}
     asked = Asked.read(tmp / "scenes")
     answers = {name: asked.answers(server, each) for name, each in conditions.items()}
+    console.print(f"asked {len(asked.distinct)} questions under {len(conditions)} conditions")
     captions = {name: asked.captions(server, each) for name, each in conditions.items()}
     return {
         "traced": {

@@ -1,8 +1,8 @@
 """Generated scenes of coloured shapes, whose objects come in company as those of photographs do.
 
-Four themes have four kinds of objects each, every colour and every shape once, and most of a scene's objects are of its
-theme; one theme is seen more often than the next. Objects are small and of uneven contrast, and the picture is noisy,
-so that what is there is not always plain to see: then company is evidence, and misleads.
+Every kind of object belongs to one of three themes, nearly all of a scene's objects are of its theme, and one theme is
+seen more often than the next. Objects are small, some are pale, and the picture is noisy, so that what is there is not
+always plain to see: then company is evidence, and misleads.
 
 A scene is a function of its seed and number alone.
 """
@@ -18,15 +18,15 @@ SIZE = 64  # pixels
 COLOURS = {"red": (215, 50, 45), "green": (50, 165, 70), "blue": (60, 90, 215), "yellow": (225, 195, 50)}
 SHAPES = ("circle", "square", "triangle", "cross")
 KINDS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-THEMES = tuple(tuple(4 * c + (c + t) % 4 for c in range(4)) for t in range(4))  # kinds of each
-THEME_ODDS = (0.4, 0.3, 0.2, 0.1)
-COUNT_ODDS = (0.10, 0.25, 0.30, 0.25, 0.10)  # of one to five objects
-OF_THEME = 0.85  # the share of objects that are of the scene's theme
+THEMES = tuple(tuple(range(t, len(KINDS), 3)) for t in range(3))  # kinds of each
+THEME_ODDS = (0.5, 0.3, 0.2)
+COUNT_ODDS = (0.05, 0.10, 0.20, 0.35, 0.30)  # of one to five objects
+OF_THEME = 0.93  # the share of objects that are of the scene's theme
 CELL = 16  # pixels: two objects are never centred in the same cell of this grid
 OFF = 3.0  # pixels, how far from a cell's centre an object is at most, either way
 RADIUS = (4.5, 7.5)  # pixels
-CONTRAST = (0.45, 1.0)  # of an object's colour over the background
-NOISE = 20.0  # standard deviation of a channel, of 255
+CONTRAST = (0.1, 1.0)  # of an object's colour over the background
+NOISE = 22.0  # standard deviation of a channel, of 255
 REACH = RADIUS[1] + 1  # pixels from an object's centre
 _ALONG = np.arange(SIZE, dtype=np.float32) + 0.5
 
@@ -69,11 +69,11 @@ def draw(seed: int, number: int) -> Scene:
 
 
 def _choose(rng: np.random.Generator) -> list[int]:
-    theme = THEMES[rng.choice(4, p=THEME_ODDS)]
+    theme = THEMES[rng.choice(len(THEMES), p=THEME_ODDS)]
     others = [k for k in range(len(KINDS)) if k not in theme]
     left = [list(rng.permutation(theme)), list(rng.permutation(others))]
     kinds = []
-    for _ in range(1 + rng.choice(5, p=COUNT_ODDS)):
+    for _ in range(1 + rng.choice(len(COUNT_ODDS), p=COUNT_ODDS)):
         from_theme = rng.random() < OF_THEME and left[0]
         kinds.append(int(left[0 if from_theme else 1].pop()))
     return kinds

@@ -24,9 +24,9 @@ from steersman.clients.lvlm import eyes, lessons, model
 
 EYES_SCENES, SCENES = 64, 16  # of a step
 STAGES = {  # the vision tower alone; a shallow model; the deep one
-    "eyes": Schedule(500, rate=2e-3, warm=50),
-    "shallow": Schedule(400, rate=2e-3, warm=50),
-    "deep": Schedule(200, rate=1e-3, warm=20),
+    "eyes": Schedule(450, rate=2e-3, warm=50),
+    "shallow": Schedule(350, rate=2e-3, warm=50),
+    "deep": Schedule(100, rate=1e-3, warm=20),
 }
 HELD = 64  # scenes that are only looked at while training
 TEST = 1_000_000_007  # added to the seed: scenes that are not learnt from

@@ -33,14 +33,18 @@ def test_boxes_hold_their_objects() -> None:
             assert (x0 <= columns.min(), columns.max() < x1, y0 <= rows.min(), rows.max() < y1) == (True,) * 4
 
 
-def test_a_shape_has_its_colour() -> None:
-    """The mean of an object's pixels is nearer to its colour than that of the background is."""
-    for number in range(20):
+def test_shapes_have_their_colours_at_all_contrasts() -> None:
+    """How far an object's pixels are from the background's, of the way to its colour."""
+    found = []
+    for number in range(60):
         scene = scenes.draw(2, number)
         plain = scene.picture[scene.shown < 0].mean(0)
         for kind in scene.kinds:
-            seen, wanted = scene.picture[scene.shown == kind].mean(0), np.array(scenes.COLOURS[KINDS[kind].split()[0]])
-            assert np.linalg.norm(seen - wanted) < np.linalg.norm(plain - wanted)
+            way = np.array(scenes.COLOURS[KINDS[kind].split()[0]]) - plain
+            found.append(float((scene.picture[scene.shown == kind].mean(0) - plain) @ way / (way @ way)))
+    low, high = scenes.CONTRAST
+    assert np.mean(found) == pytest.approx((low + high) / 2, abs=0.06)
+    assert min(found) < 0.2 < 0.7 < max(found)
 
 
 def test_objects_come_in_company() -> None:
