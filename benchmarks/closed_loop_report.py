@@ -73,7 +73,7 @@ def measured(found: Mapping[str, Any]) -> str:
         f"Against six random sets, set to {settings['value']:g} at the same tokens. Each of these has a mean change; a "
         "set is beyond them where its own is more, in the direction meant, than any of theirs. Less the six's mean "
         "on the same seed, with 95 %:\n\n"
-        f"{_controls(found)}\n"
+        f"{_controls(found)}\n{_said(found)}\n"
         f"By value:\n\n{_doses(found)}\n{_breaking(found)}\n"
     )
 
@@ -111,19 +111,43 @@ def _changes(found: Mapping[str, Any]) -> str:
 def _controls(found: Mapping[str, Any]) -> str:
     rows = []
     for name in SETS:
-        metric, sign = MEANT[name]
+        metric = MEANT[name][0]
         for shown in (metric, "success"):
             own = change(found, _main(found, name), shown)
             random = _random(found, name, shown)
             means = random.mean(axis=1)
-            beyond = ""
-            if shown == metric:
-                beyond = "yes" if sign * own.mean() > (sign * means).max() else "no"
+            beyond = ("yes" if _beyond(found, name) else "no") if shown == metric else ""
             theirs = f"{means.mean():+.3f} ({means.min():+.3f} to {means.max():+.3f})"
             cells = [f"{own.mean():+.3f}", theirs, _with_interval(own - random.mean(axis=0)), beyond]
             rows.append([name, shown.replace("_", " ") + METRICS[shown], *cells])
     heads = ("set", "change of", "by the set", "by random sets: mean, range", "set less random", "beyond, as meant")
     return table(heads, rows)
+
+
+def _beyond(found: Mapping[str, Any], name: str) -> bool:
+    metric, sign = MEANT[name]
+    own = sign * change(found, _main(found, name), metric).mean()
+    return bool(own > (sign * _random(found, name, metric).mean(axis=1)).max())
+
+
+def _said(found: Mapping[str, Any]) -> str:
+    """What the tables come to."""
+    turned = [name for name in SETS if _as_meant(found, name)]
+    beyond = [name for name in SETS if _beyond(found, name)]
+    rates = {each: values(found, each, "success").mean() for each in (UNSTEERED, *(_main(found, n) for n in SETS))}
+    random = [arm for arm in found["arms"] if arm.split()[0] == "random"]
+    worst, mean = (f([values(found, arm, "success").mean() for arm in random]) for f in (min, np.mean))
+    success = ", ".join(f"{arm} {rate:.0%}" for arm, rate in rates.items())
+    return (
+        f"Moved as meant, with an interval that excludes 0: {', '.join(turned) or 'none'}. Beyond all six random sets: "
+        f"{', '.join(beyond) or 'none'}. Episodes that succeed: {success}; with random sets, which cost successes too, "
+        f"{mean:.0%} on average and {worst:.0%} with the worst.\n"
+    )
+
+
+def _as_meant(found: Mapping[str, Any], name: str) -> bool:
+    metric, sign = MEANT[name]
+    return interval(sign * change(found, _main(found, name), metric))[0] > 0
 
 
 def doses(found: Mapping[str, Any], name: str) -> list[float]:

@@ -101,6 +101,8 @@ def test_the_page_tells_what_was_found(found: dict[str, Any]) -> None:
     row += f"{less} ({less} to {less}) | yes |"
     assert row in text
     assert "| down | mean height (m) | +0.000 | " in text
+    said = "excludes 0: up. Beyond all six random sets: up, down, slow. Episodes"  # the random ones rise, and faster
+    assert said in text
     assert "up: from 3; slow: at none of these; fast: at none of these" in text
     for value in DOSES:
         assert f"| up | {value:g} | {float(0.002 * value < 0.005):.3f} | {0.203 + 0.04 * value:.3f} |" in text
