@@ -127,7 +127,11 @@ def compiled(wanted: list[dict[str, Any]]) -> Program:
 
 
 def one_after_another(x: Tensor, wanted: list[dict[str, Any]], open_: Tensor) -> tuple[Tensor, Tensor, float]:
-    """x', for each row how far a kept norm was stretched at most, and the largest number met."""
+    """x', for each row how far a kept norm was stretched at most, and the largest number met.
+
+    An addition in proportion to what is left of a row that others have taken away stretches it as well: its length is
+    the root of a difference of large squares.
+    """
     stretch, largest = torch.ones(len(x), dtype=torch.float64), float(x.norm(dim=1).max())
     for each in wanted:
         before = x
@@ -135,6 +139,8 @@ def one_after_another(x: Tensor, wanted: list[dict[str, Any]], open_: Tensor) ->
         x = formulas.apply(x, each)
         if each["preserve_norm"]:
             stretch = torch.maximum(stretch, before.norm(dim=1) / bare.norm(dim=1).clamp_min(1e-12))
+        if each.get("relative") == "norm":
+            stretch = torch.where(before.norm(dim=1) < 1e-5 * largest, torch.inf, stretch)
         if each["gated"]:
             x = torch.where(open_[:, None] > 0, x, before)
         largest = max(largest, float(x.norm(dim=1).max()), float(bare.norm(dim=1).max()))
