@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,7 +61,8 @@ async def chat(engine: Any, text: str, pictures: Sequence[Picture], template: Ma
     renderer = engine.renderer
     try:
         _, prompt = await renderer.render_messages_async(messages, params)
-        (found,) = await renderer.tokenize_prompts_async([prompt], renderer.default_chat_tok_params)
+        as_written = replace(renderer.default_chat_tok_params, add_special_tokens=False)  # the template has them
+        (found,) = await renderer.tokenize_prompts_async([prompt], as_written)
     except (_Client, ValueError, TypeError) as error:
         raise _untaken(error) from None
     return list(found["prompt_token_ids"])
