@@ -316,16 +316,21 @@ def test_a_direction_is_selected_by_what_it_does(server: Server) -> None:
     """Each layer's numbers are those of requests made by hand, and the choice is stored."""
     plain, asks = {"default": False}, {"showing": ["Where is the ship?"], "others": ["Be kind."]}
 
-    def top(prompt: str, interventions: list[dict[str, Any]]) -> dict[str, float]:
+    def top(prompt: str, interventions: list[dict[str, Any]]) -> list[tuple[str, float]]:
+        """Several tokens may be spelled alike: bytes that are no letter."""
         turns = [{"role": "user", "content": prompt}]
         asked = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
         steering = {**plain, "interventions": interventions}
         answer = server.post(
             "/v1/chat/completions", {"model": "tiny", "messages": turns, **asked, "steering": steering}
         )
-        return {e["token"]: e["logprob"] for e in answer.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+        assert answer.status_code == 200, answer.text
+        first = answer.json()["choices"][0]["logprobs"]["content"][0]
+        return [(e["token"], e["logprob"]) for e in first["top_logprobs"]]
 
-    likely = list(dict.fromkeys(next(iter(top(prompt, []))) for (prompt,) in asks.values()))
+    (made,) = [a for a in server.http.get("/v1/steering/assets").json()["data"] if a["name"] == "calm-sea"]
+    source = f"calm-sea@{made['version']}"  # the job stores another version
+    likely = list(dict.fromkeys(top(prompt, [])[0][0] for (prompt,) in asks.values()))
     limits = {"max_kl": 1e3, "min_induce": -1e3, "last_share": 0.0}
     job = {"kind": "select", "vectors": ["calm-sea"], **asks, "tokens": likely, "scale": 3.0, **limits}
     result = follow(admin(server), job, every=0.1)
@@ -334,15 +339,13 @@ def test_a_direction_is_selected_by_what_it_does(server: Server) -> None:
     for candidate in found["candidates"]:
         layer = candidate["layer"]
         without = [
-            {"op": "ablate", "vector": "calm-sea", "from_layer": layer, "site": site, "layers": layers}
+            {"op": "ablate", "vector": source, "from_layer": layer, "site": site, "layers": layers}
             for site, layers in (("resid_pre", [0]), ("attn_out", "all"), ("mlp_out", "all"))
         ]
-        added = [{**ADD, "layers": [layer], "scale": 3.0}]
+        added = [{**ADD, "vector": source, "layers": [layer], "scale": 3.0}]
         for name, prompt, edits in (("bypass", asks["showing"][0], without), ("induce", asks["others"][0], added)):
-            told = top(prompt, edits)
-            assert candidate[name] == pytest.approx(
-                log_odds(sum(math.exp(told.get(t, -100)) for t in likely)), abs=1e-3
-            )
+            share = sum(math.exp(logprob) for token, logprob in top(prompt, edits) if token in likely)
+            assert candidate[name] == pytest.approx(log_odds(share), abs=1e-3)
         assert candidate["kl"] > 0
     best = min(found["candidates"], key=lambda c: c["bypass"])
     (ref,) = result["assets"]
