@@ -155,7 +155,13 @@ class Steersman:
         return found
 
     def _request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
-        response = self._http.request(method, path, **kwargs)
+        try:
+            response = self._http.request(method, path, **kwargs)
+        except (httpx.ReadError, httpx.RemoteProtocolError):
+            if method != "GET":
+                raise
+            # The server has closed a kept connection just as it was used again; to ask twice changes nothing.
+            response = self._http.request(method, path, **kwargs)
         if response.status_code < 400:
             return response
         raise error_of(response)

@@ -115,3 +115,22 @@ def test_the_client_needs_nothing_of_the_server() -> None:
     source = (Path(__file__).parents[2] / "clients/sdk.py").read_text()
     assert "steersman.server" not in source
     assert "steersman.steering" not in source
+
+
+@pytest.mark.parametrize("error", [httpx.ReadError, httpx.RemoteProtocolError])
+def test_a_question_whose_connection_was_just_closed_is_asked_again_and_nothing_else_is(error: Any) -> None:
+    asked: list[str] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        asked.append(request.method)
+        if len(asked) == 1:
+            raise error("closed")
+        return httpx.Response(200, json={"id": "1"})
+
+    client = Steersman("http://server", transport=httpx.MockTransport(handle))
+    assert client.job("1") == {"id": "1"}
+    assert asked == ["GET", "GET"]
+    asked.clear()
+    with pytest.raises(error):
+        client.submit({"kind": "extract"})
+    assert asked == ["POST"]
