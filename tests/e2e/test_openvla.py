@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not os.environ.get(VARIABLE), reason=f"a server of its own for one model; {VARIABLE}=1 runs it"),
 ]
 NEURONS = {0: [3, 77], 1: [3, 77, 20], 2: [5, 120, 9]}
-VALUE = 8.0
+VALUE = 2.0
 TASK = "pick up the red block"
 PROMPT = f"In: What action should the robot take to {TASK}?\nOut:"
 
