@@ -185,7 +185,7 @@ def test_a_patched_stream_goes_on_as_its_source(served: tuple[Server, Oracle]) -
     wanted = oracle.logprobs(source, None, len(source))
     assert distance(answer.logprobs, wanted) < 1e-3
     assert distance(oracle.logprobs(prompt, None, len(prompt)), wanted) > 0.1
-    assert [step["tokens"] for step in answer.body["steering"]["interventions"]] == [1] * len(source)
+    assert [step["tokens"] for step in answer.body["steering"]["interventions"]] == [len(source)]
 
 
 def test_features_that_are_active_on_a_text(served: tuple[Server, Oracle]) -> None:
