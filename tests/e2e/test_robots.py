@@ -463,13 +463,11 @@ def test_recovery_rates_are_hugging_faces(
         assert client.kept_captures() == []
     (found,) = result["questions"]
     assert found["groups"] == {name: len(positions) for name, positions in groups.items()}
-    print(wanted[0], wanted[1], answer)
-    assert (found["clean"], found["corrupted"]) == pytest.approx(wanted[:2], abs=1e-3)
-    worst = 0.0
+    assert (found["clean"], found["corrupted"]) == pytest.approx(wanted[:2], rel=1e-3)
+    assert wanted[0] - wanted[1] > 0.05, "the picture says too little for the rates to show anything"
     for part, by_group in wanted[2].items():
         assert set(found["patched"][part]) == set(by_group)
         for group, row in by_group.items():
-            worst = max(worst, *(abs(a - b) for a, b in zip(row, found["patched"][part][group], strict=True)))
-            print(part, group, row, found["patched"][part][group])
-            assert found["patched"][part][group] == pytest.approx(row, abs=1e-3)
-    print("worst", worst)
+            assert found["patched"][part][group] == pytest.approx(row, rel=1e-3)
+            moved = max(abs(p - wanted[1]) for p in row)
+            assert moved > 0.01 * wanted[1], "putting this back moves nothing, so this shows nothing"
