@@ -7,27 +7,21 @@ measures the damage on neutral text; and stores what it recommends as a new vers
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from steersman.clients.calibration import calibrate, save
 from steersman.clients.calibration_picture import html, png
-from steersman.clients.calibration_rules import CalibrationError
 from steersman.clients.calibration_spec import Calibration, CalibrationSpec
 from steersman.clients.jobs import read_examples
-from steersman.clients.pictures import PlotsMissing
 from steersman.clients.scorers import LEXICONS
-from steersman.clients.sdk import SteersmanError, keys
 from steersman.server.commands import remote
+from steersman.server.commands.measuring import Measurement
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -58,62 +52,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instruction", help="what the direction does, in words: asked for as a control")
     parser.add_argument("--max-tokens", type=int, default=40, help="of each answer [%(default)s]")
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--no-store", action="store_true", help="store no new version")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="everything measured")
-    parser.add_argument("--png", type=Path, help="picture (needs the extra 'plots')")
-    parser.add_argument("--html", type=Path, help="page with picture, numbers and answers (needs the extra 'plots')")
+    _measurement().configure(parser, "picture, numbers and answers")
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """0 where something is recommended, 1 where nothing is or it fails."""
-    try:
-        found, ref = asyncio.run(_calibrate(args, _spec(args)))
-    except (CalibrationError, SteersmanError, httpx.HTTPError, ValueError) as error:
-        raise SystemExit(f"steersman calibrate: {error}") from None
-    if args.out is not None:
-        args.out.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
-    _show(found)
-    try:
-        if args.png is not None:
-            args.png.write_bytes(png(found))
-        if args.html is not None:
-            args.html.write_text(html(found), encoding="utf-8")
-    except PlotsMissing as error:
-        raise SystemExit(f"steersman calibrate: {error}") from None
-    if found.best is None:
-        Console(stderr=True).print(f"Nothing is recommended: {found.refusal}.")
-        return 1
-    if ref is not None:
-        print(ref)
-    return 0
+    return _measurement().run(args)
 
 
-async def _calibrate(args: argparse.Namespace, spec: CalibrationSpec) -> tuple[Calibration, str | None]:
-    headers = keys(args.api_key, args.admin_key)
-    async with httpx.AsyncClient(base_url=args.server, headers=headers, timeout=600) as http:
-        with bar() as shown:
-            found = await calibrate(http, spec, Bar(shown))
-        stored = None if args.no_store or found.best is None else await save(http, found)
-    return found, stored
-
-
-def bar() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=Console(stderr=True))
-
-
-class Bar:
-    """A measurement's progress, in the terminal."""
-
-    def __init__(self, shown: Progress) -> None:
-        self._bar = shown
-        self._task = shown.add_task("measuring", total=None)
-
-    def expect(self, total: int, unit: str) -> None:
-        self._bar.update(self._task, total=total, description=unit)
-
-    def advance(self, count: int = 1) -> None:
-        self._bar.advance(self._task, count)
+def _measurement() -> Measurement[CalibrationSpec, Calibration]:
+    return Measurement("calibrate", "recommended", _spec, calibrate, save, _show, png, html)
 
 
 def _spec(args: argparse.Namespace) -> CalibrationSpec:

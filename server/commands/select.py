@@ -7,24 +7,18 @@ measures how likely an answer is to begin as the behaviour does. The choice is s
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from steersman.clients import conditions
-from steersman.clients.calibration_rules import CalibrationError
-from steersman.clients.pictures import PlotsMissing
-from steersman.clients.sdk import SteersmanError, keys
 from steersman.clients.selection import Selection, SelectionSpec, save, select
 from steersman.clients.selection_picture import html, png
 from steersman.server.commands import remote
-from steersman.server.commands.calibrate import Bar, bar
+from steersman.server.commands.measuring import Measurement
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,43 +32,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-kl", type=float, default=0.1, metavar="NATS", help="of the ablation [%(default)s]")
     parser.add_argument("--min-induce", type=float, default=0.0, metavar="LOG-ODDS", help="[%(default)s]")
     parser.add_argument("--last-share", type=float, default=0.2, help="of the layers left out [%(default)s]")
-    parser.add_argument("--no-store", action="store_true", help="store no new version")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="everything measured")
-    parser.add_argument("--png", type=Path, help="picture (needs the extra 'plots')")
-    parser.add_argument("--html", type=Path, help="page with picture and numbers (needs the extra 'plots')")
+    _measurement().configure(parser, "picture and numbers")
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """0 where something is selected, 1 where nothing is or it fails."""
-    try:
-        found, ref = asyncio.run(_select(args, _spec(args)))
-    except (CalibrationError, SteersmanError, httpx.HTTPError, ValueError) as error:
-        raise SystemExit(f"steersman select: {error}") from None
-    if args.out is not None:
-        args.out.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
-    _show(found)
-    try:
-        if args.png is not None:
-            args.png.write_bytes(png(found))
-        if args.html is not None:
-            args.html.write_text(html(found), encoding="utf-8")
-    except PlotsMissing as error:
-        raise SystemExit(f"steersman select: {error}") from None
-    if found.best is None:
-        Console(stderr=True).print(f"Nothing is selected: {found.refusal}.")
-        return 1
-    if ref is not None:
-        print(ref)
-    return 0
+    return _measurement().run(args)
 
 
-async def _select(args: argparse.Namespace, spec: SelectionSpec) -> tuple[Selection, str | None]:
-    headers = keys(args.api_key, args.admin_key)
-    async with httpx.AsyncClient(base_url=args.server, headers=headers, timeout=600) as http:
-        with bar() as shown:
-            found = await select(http, spec, Bar(shown))
-        stored = None if args.no_store or found.best is None else await save(http, found)
-    return found, stored
+def _measurement() -> Measurement[SelectionSpec, Selection]:
+    return Measurement("select", "selected", _spec, select, save, _show, png, html)
 
 
 def _spec(args: argparse.Namespace) -> SelectionSpec:

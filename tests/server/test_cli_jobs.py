@@ -11,7 +11,7 @@ import pytest
 
 from steersman.clients.sdk import Steersman
 from steersman.server import cli
-from steersman.server.commands import calibrate, remote, select
+from steersman.server.commands import remote
 from tests.clients.served import Served
 from tests.clients.test_selection import OTHERS, SHOWING
 from tests.clients.test_selection import Served as Tried
@@ -130,7 +130,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
         assert kwargs["headers"] == {"X-Admin-Key": "k"}
         return plain(base_url=kwargs["base_url"], transport=httpx.MockTransport(found))
 
-    monkeypatch.setattr(calibrate.httpx, "AsyncClient", client)
+    monkeypatch.setattr(httpx, "AsyncClient", client)
     return found
 
 
@@ -199,7 +199,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Tried:
     def client(**options: Any) -> httpx.AsyncClient:
         return real(**options, transport=httpx.MockTransport(found))
 
-    monkeypatch.setattr(select.httpx, "AsyncClient", client)
+    monkeypatch.setattr(httpx, "AsyncClient", client)
     return found
 
 
